@@ -1,0 +1,43 @@
+"""The errors subcircuit raises for bad input.
+
+Each message is one line that says what is wrong, where, and what was expected; the command line prints it and exits
+with status 2.
+"""
+
+from __future__ import annotations
+
+
+class SubcircuitError(Exception):
+    """Base of every error that a user's input can cause."""
+
+
+class ConfigError(SubcircuitError):
+    """A model configuration that contradicts itself or asks for a variant the engine does not have."""
+
+
+class HookError(SubcircuitError):
+    """A hook name that does not exist, never fired, or a hook that returned the wrong shape."""
+
+
+class WeightsError(SubcircuitError):
+    """A file or tensor that is missing, corrupted, wrongly shaped or not finite, or a model that is not known."""
+
+
+class TokenizerError(SubcircuitError):
+    """A tokenizer that cannot be built, or text or ids that it cannot take."""
+
+
+class PromptError(SubcircuitError):
+    """A prompt that is empty, longer than the model's context, holds an id outside the vocabulary, or is not aligned."""
+
+
+class TaskError(SubcircuitError):
+    """A task that cannot be built for this tokenizer, or prompts that are not aligned."""
+
+
+class PatchError(SubcircuitError):
+    """A component, position or source that does not exist in this model or data set."""
+
+
+class StoreError(SubcircuitError):
+    """A run directory that cannot be read, or that belongs to another run."""

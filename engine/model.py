@@ -1,0 +1,243 @@
+"""The whole model: GPT-2 and Llama as settings of one class, from token ids to logits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
+from typing import Unpack, cast
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from subcircuit.engine.blocks import Block, Norm, Pass, Residual
+from subcircuit.engine.cache import ActivationCache
+from subcircuit.engine.config import ModelConfig
+from subcircuit.engine.errors import ConfigError
+from subcircuit.engine.generate import GenerateOptions, Generation, generate
+from subcircuit.engine.hooks import Hook, HookTable, NameFilter, hook_names, select_names
+from subcircuit.engine.inputs import KVCache, PaddingSide, PromptBatch, Prompts, batch_prompts
+from subcircuit.engine.rope import rope_frequencies, rope_tables
+from subcircuit.engine.tokenizer import Tokenizer
+
+
+class HookedTransformer(nn.Module):
+    """A GPT-2 or Llama with a hook point on every component.
+
+    `tensors` holds exactly the parameters named by `parameter_shapes(config)`; they are used as they are, without a copy,
+    so memory-mapped weights stay on disk until they are read. Parameters do not require gradients until
+    `model.requires_grad_()` is called.
+
+    Raises ConfigError for a missing, extra or wrongly shaped tensor.
+    """
+
+    embed: nn.Embedding
+    pos_embed: nn.Embedding | None
+    blocks: nn.ModuleList
+    ln_final: Norm
+    unembed: nn.Linear | None
+
+    def __init__(
+        self, config: ModelConfig, tensors: Mapping[str, Tensor], tokenizer: Tokenizer | None = None
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.tokenizer = tokenizer
+        self._hooks = HookTable()
+        self._frequencies = rope_frequencies(config) if config.positions == "rope" else None
+        _check_tensors(tensors, self.parameter_shapes(config))
+        for name, module in _modules(config).items():
+            self.add_module(name, module)
+        self.load_state_dict(dict(tensors), assign=True)
+        self.requires_grad_(False)
+
+    @staticmethod
+    def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+        """Name and shape of every tensor that a model of this configuration is made of."""
+        parts = nn.ModuleDict({name: part for name, part in _modules(config).items() if part is not None})
+        return {name: tuple(value.shape) for name, value in parts.state_dict().items()}
+
+    @property
+    def device(self) -> torch.device:
+        return self.embed.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.embed.weight.dtype
+
+    @property
+    def W_E(self) -> Float[Tensor, "d_vocab d_model"]:
+        return self.embed.weight
+
+    @property
+    def W_U(self) -> Float[Tensor, "d_model d_vocab"]:
+        return self.unembed_weight.T
+
+    @property
+    def unembed_weight(self) -> Float[Tensor, "d_vocab d_model"]:
+        """The unembedding as a linear weight: the embedding itself where the two are tied."""
+        return self.embed.weight if self.unembed is None else self.unembed.weight
+
+    def hook_names(self) -> tuple[str, ...]:
+        """Every hook point of this model, in forward order."""
+        return hook_names(self.config)
+
+    def to_tokens(
+        self, text: Prompts, *, bos: bool | None = None, padding_side: PaddingSide = "left"
+    ) -> Int[Tensor, "batch pos"]:
+        """Token ids of one or several texts, padded on the given side where lengths differ.
+
+        `bos=None` follows the tokenizer's own rule (`model.tokenizer.adds_bos`); True or False overrides it.
+        """
+        return self._batch(text, bos=bos, padding_side=padding_side).tokens
+
+    def forward(
+        self,
+        prompts: Prompts,
+        *,
+        attention_mask: Bool[Tensor, "batch pos"] | None = None,
+        padding_side: PaddingSide = "left",
+        bos: bool | None = None,
+        kv_cache: KVCache | None = None,
+        stop_at_layer: int | None = None,
+    ) -> Float[Tensor, "batch pos d_vocab"]:
+        """Logits at every position.
+
+        `prompts` is a text, a list of texts, or token ids `[batch, pos]` (or `[pos]`). Texts of unequal length are padded
+        on `padding_side` and masked, so each gives the logits it gives alone; with the default, left, the last position
+        is every prompt's last token. Padded token ids need their `attention_mask` (True at real tokens). With `kv_cache`,
+        `prompts` continue what the cache holds. `stop_at_layer=l` returns the residual stream that enters layer l instead.
+
+        Raises PromptError for an empty or too long prompt, an id outside the vocabulary, or a text without tokenizer.
+        """
+        batch = self._batch(prompts, bos=bos, padding_side=padding_side, attention_mask=attention_mask)
+        n_layers = self._n_layers_until(stop_at_layer)
+        resid, run = self._enter(batch, kv_cache)
+        for layer in range(n_layers):
+            resid = self.blocks[layer](resid, layer, run)
+        if stop_at_layer is not None:
+            return resid
+        return F.linear(self.ln_final.hooked(resid, "ln_final", self._hooks), self.unembed_weight)
+
+    def _batch(
+        self,
+        prompts: Prompts,
+        *,
+        bos: bool | None = None,
+        padding_side: PaddingSide = "left",
+        attention_mask: Tensor | None = None,
+    ) -> PromptBatch:
+        return batch_prompts(
+            prompts,
+            self.tokenizer,
+            bos=bos,
+            padding_side=padding_side,
+            attention_mask=attention_mask,
+            d_vocab=self.config.d_vocab,
+            device=self.device,
+        )
+
+    def _n_layers_until(self, stop_at_layer: int | None) -> int:
+        n_layers = self.config.n_layers
+        if stop_at_layer is None:
+            return n_layers
+        if not -n_layers <= stop_at_layer <= n_layers:
+            raise ConfigError(f"stop_at_layer {stop_at_layer} is out of range for a model of {n_layers} layers")
+        return stop_at_layer % n_layers if stop_at_layer < 0 else stop_at_layer
+
+    def _enter(self, batch: PromptBatch, kv_cache: KVCache | None) -> tuple[Residual, Pass]:
+        """The embedded prompts, and what their forward pass shares."""
+        positions, mask = batch.positions_and_mask(kv_cache, self.config.n_ctx)
+        resid = self._hooks("hook_embed", self.embed(batch.tokens))
+        if self.pos_embed is not None:
+            pos_embed = self.pos_embed(positions).expand_as(resid)
+            resid = resid + self._hooks("hook_pos_embed", pos_embed)
+        rope = None if self._frequencies is None else rope_tables(self._frequencies, positions, resid.dtype)
+        return resid, Pass(self._hooks, rope, mask, kv_cache)
+
+    def hooks(
+        self, hooks: Iterable[Hook] = (), backward_hooks: Iterable[Hook] = ()
+    ) -> AbstractContextManager[None]:
+        """Set hooks for the duration of a `with` block; a name may be a shell-style pattern.
+
+        A hook is `(name, function)`; `function(value, name)` returns a replacement of the same shape, or None to leave the
+        value. A backward hook gets the gradient with respect to the value instead.
+
+        Raises HookError for a name that does not exist, and at the end of the block for one that never fired.
+        """
+        return self._hooks.set(self._named(hooks), self._named(backward_hooks))
+
+    def _named(self, hooks: Iterable[Hook]) -> list[Hook]:
+        names = self.hook_names()
+        return [(name, function) for wanted, function in hooks for name in select_names(wanted, names)]
+
+    def run_with_hooks(
+        self,
+        prompts: Prompts,
+        hooks: Iterable[Hook] = (),
+        backward_hooks: Iterable[Hook] = (),
+        **forward: object,
+    ) -> Float[Tensor, "batch pos d_vocab"]:
+        """`model(prompts, **forward)` with hooks set for this one pass."""
+        with self.hooks(hooks, backward_hooks):
+            return cast(Tensor, self(prompts, **forward))
+
+    def run_with_cache(
+        self,
+        prompts: Prompts,
+        names: NameFilter = None,
+        *,
+        stop_at_layer: int | None = None,
+        **forward: object,
+    ) -> tuple[Float[Tensor, "batch pos d_vocab"], ActivationCache]:
+        """Logits, and the activations at the named hook points (every standard one by default).
+
+        Per-head results and split inputs (`hook_result`, `hook_q_input`, …) are kept only when named: they are large.
+        With `stop_at_layer=l` the layers from l on are not run and the first value is the residual stream entering l.
+        """
+        reached = self._reached_names(self._n_layers_until(stop_at_layer), stop_at_layer is None)
+        values: dict[str, Tensor] = {}
+
+        def keep(value: Tensor, name: str) -> None:
+            values[name] = value
+
+        with self.hooks([(name, keep) for name in select_names(names, reached)]):
+            output = cast(Tensor, self(prompts, stop_at_layer=stop_at_layer, **forward))
+        return output, ActivationCache(values, self)
+
+    def _reached_names(self, n_layers: int, to_the_end: bool) -> list[str]:
+        unreached = {f"blocks.{layer}" for layer in range(n_layers, self.config.n_layers)}
+        names = [name for name in self.hook_names() if ".".join(name.split(".")[:2]) not in unreached]
+        return names if to_the_end else [name for name in names if not name.startswith("ln_final")]
+
+    def generate(self, prompts: Prompts, max_new_tokens: int = 20, **options: Unpack[GenerateOptions]) -> Generation:
+        """Continue one or several prompts; see `subcircuit.engine.generate.generate`."""
+        return generate(self, prompts, max_new_tokens, **options)
+
+    def unembed_normed(self, resid: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_vocab"]:
+        """Logits of a residual stream: final norm, then unembedding."""
+        return F.linear(self.ln_final(resid), self.unembed_weight)
+
+
+def _modules(config: ModelConfig) -> dict[str, nn.Module | None]:
+    """The model's parts by name, with parameters that have a shape but no memory yet."""
+    with torch.device("meta"):
+        return {
+            "embed": nn.Embedding(config.d_vocab, config.d_model),
+            "pos_embed": nn.Embedding(config.n_ctx, config.d_model) if config.positions == "learned" else None,
+            "blocks": nn.ModuleList([Block(config) for _ in range(config.n_layers)]),
+            "ln_final": Norm(config),
+            "unembed": None if config.tied_unembed else nn.Linear(config.d_model, config.d_vocab, bias=False),
+        }
+
+
+def _check_tensors(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    for name, shape in shapes.items():
+        if name not in tensors:
+            raise ConfigError(f"tensor {name!r} is missing; expected shape {shape}")
+        if tuple(tensors[name].shape) != shape:
+            raise ConfigError(f"tensor {name!r} has shape {tuple(tensors[name].shape)}; expected {shape}")
+    extra = sorted(set(tensors) - set(shapes))
+    if extra:
+        raise ConfigError(f"tensor {extra[0]!r} is not a parameter of this model")
