@@ -1,0 +1,157 @@
+"""Where a patch lands: components by name, sites, patches."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Literal, Self
+
+from torch import Tensor
+
+from subcircuit.engine.config import ModelConfig
+from subcircuit.engine.errors import PatchError
+
+Kind = Literal["resid", "q", "k", "v", "z", "group", "neuron", "mlp"]
+
+# The order in which a block computes them: what a patch can change inside its own layer is what comes after it.
+STAGES: dict[str, int] = {"resid": 0, "q": 1, "k": 1, "v": 1, "z": 2, "group": 2, "neuron": 3, "mlp": 4}
+
+_HOOKS: dict[str, str] = {
+    "resid": "hook_resid_pre",
+    "q": "attn.hook_q",
+    "k": "attn.hook_k",
+    "v": "attn.hook_v",
+    "z": "attn.hook_z",
+    "group": "attn.hook_z",
+    "neuron": "mlp.hook_post",
+    "mlp": "hook_mlp_out",
+}
+_LETTERS = {"h": "z", "q": "q", "k": "k", "v": "v", "g": "group"}
+_PATTERN = re.compile(r"a(?P<attn>\d+)\.(?P<letter>[hqkvg])(?P<head>\d+)|m(?P<mlp>\d+)(\.n(?P<neuron>\d+))?|r(?P<resid>\d+)")
+
+FORMS = (
+    "a5.h1 (head), m3 (MLP), a5.q1 / a5.k0 / a5.v0 (a head's query, a KV head's key or value), "
+    "a5.g0 (all heads of a KV group), m3.n17 (neuron), r4 (residual stream entering layer 4)"
+)
+
+
+@dataclass(frozen=True, order=True)
+class Component:
+    """A part of one layer that a patch can replace; `str(component)` is its name, `Component.parse` reads it back.
+
+    kinds: `z` a query head's output (`a5.h1`), `q`, `k`, `v` a head's query or a KV head's key or value before rotary
+    embedding (`a5.q1`, `a5.k0`), `group` the outputs of all query heads that read one KV head (`a5.g0`), `mlp` an MLP's output
+    (`m3`), `neuron` one of its post-activations (`m3.n17`), `resid` the residual stream entering a layer (`r4`).
+    """
+
+    layer: int
+    kind: Kind
+    index: int = 0
+
+    @classmethod
+    def parse(cls, name: str) -> Self:
+        """Raises PatchError for a name of no known form."""
+        match = _PATTERN.fullmatch(name)
+        if match is None:
+            raise PatchError(f"component {name!r} is not understood; expected one of {FORMS}")
+        part = match.groupdict()
+        if part["attn"] is not None:
+            return cls(int(part["attn"]), _LETTERS[part["letter"]], int(part["head"]))  # type: ignore[arg-type]
+        if part["resid"] is not None:
+            return cls(int(part["resid"]), "resid")
+        if part["neuron"] is not None:
+            return cls(int(part["mlp"]), "neuron", int(part["neuron"]))
+        return cls(int(part["mlp"]), "mlp")
+
+    def __str__(self) -> str:
+        if self.kind == "mlp":
+            return f"m{self.layer}"
+        if self.kind == "neuron":
+            return f"m{self.layer}.n{self.index}"
+        if self.kind == "resid":
+            return f"r{self.layer}"
+        letter = next(letter for letter, kind in _LETTERS.items() if kind == self.kind)
+        return f"a{self.layer}.{letter}{self.index}"
+
+    @property
+    def hook_name(self) -> str:
+        """The hook point whose value holds this component."""
+        return f"blocks.{self.layer}.{_HOOKS[self.kind]}"
+
+    @property
+    def stage(self) -> int:
+        return STAGES[self.kind]
+
+    def indices(self, config: ModelConfig) -> range:
+        """What it takes of its hook point's head or neuron axis; a single entry where the hook point has none."""
+        if self.kind == "group":
+            return range(self.index * config.group_size, (self.index + 1) * config.group_size)
+        return range(self.index, self.index + 1)
+
+    def check(self, config: ModelConfig) -> None:
+        """Raises PatchError when the model has no such component."""
+        sizes = {"z": config.n_heads, "q": config.n_heads, "neuron": config.d_mlp, "mlp": 1, "resid": 1}
+        size = sizes.get(self.kind, config.kv_heads)
+        if self.layer >= config.n_layers:
+            raise PatchError(f"component '{self}' does not exist: the model has layers 0 to {config.n_layers - 1}")
+        if self.index >= size:
+            what = {"z": "heads", "q": "heads", "neuron": "neurons"}.get(self.kind, "KV heads")
+            raise PatchError(f"component '{self}' does not exist: layer {self.layer} has {what} 0 to {size - 1}")
+
+
+@dataclass(frozen=True)
+class Site:
+    """A component at all positions (None) or at some; negative positions count from the end of the prompt."""
+
+    component: Component
+    positions: tuple[int, ...] | None = None
+
+    @classmethod
+    def of(cls, where: Site | Component | str) -> Site:
+        """A site from a site, a component, or a component's name."""
+        if isinstance(where, Site):
+            return where
+        return cls(Component.parse(where) if isinstance(where, str) else where)
+
+    def resolve(self, n_pos: int) -> tuple[int, ...] | None:
+        """Positions as non-negative indices. Raises PatchError for one outside the prompt."""
+        if self.positions is None:
+            return None
+        for position in self.positions:
+            if not -n_pos <= position < n_pos:
+                raise PatchError(f"position {position} of '{self.component}' is outside prompts of {n_pos} tokens")
+        return tuple(sorted({position % n_pos for position in self.positions}))
+
+    def __str__(self) -> str:
+        if self.positions is None:
+            return str(self.component)
+        return f"{self.component}@{','.join(map(str, self.positions))}"
+
+
+Source = str | Mapping[str, Tensor]
+"""`"corrupted"`, `"mean"`, `"zero"`, or values by hook name (an ActivationCache is one), each shaped like the hook point's
+value with a prompt axis of the data set's size or 1."""
+
+
+@dataclass(frozen=True)
+class Patch:
+    """A site and what is put there; source None means the sweep's own source."""
+
+    site: Site
+    source: Source | None = None
+
+    @classmethod
+    def of(cls, what: Patch | Site | Component | str) -> Patch:
+        return what if isinstance(what, Patch) else cls(Site.of(what))
+
+
+PatchSet = tuple[Patch, ...]
+"""What one row patches; where two patches of a set overlap, the later one holds."""
+
+
+def as_patch_set(what: Patch | Site | Component | str | Iterable[Patch | Site | Component | str]) -> PatchSet:
+    """One patch, or several in one row, from whatever names them."""
+    if isinstance(what, Patch | Site | Component | str):
+        return (Patch.of(what),)
+    return tuple(Patch.of(part) for part in what)
