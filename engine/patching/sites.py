@@ -89,10 +89,14 @@ class Component:
             return range(self.index * config.group_size, (self.index + 1) * config.group_size)
         return range(self.index, self.index + 1)
 
+    def axis_size(self, config: ModelConfig) -> int:
+        """Size of its hook point's head or neuron axis; 1 where the hook point has none."""
+        sizes = {"neuron": config.d_mlp, "mlp": 1, "resid": 1, "k": config.kv_heads, "v": config.kv_heads}
+        return sizes.get(self.kind, config.n_heads)
+
     def check(self, config: ModelConfig) -> None:
         """Raises PatchError when the model has no such component."""
-        sizes = {"z": config.n_heads, "q": config.n_heads, "neuron": config.d_mlp, "mlp": 1, "resid": 1}
-        size = sizes.get(self.kind, config.kv_heads)
+        size = config.kv_heads if self.kind == "group" else self.axis_size(config)
         if self.layer >= config.n_layers:
             raise PatchError(f"component '{self}' does not exist: the model has layers 0 to {config.n_layers - 1}")
         if self.index >= size:

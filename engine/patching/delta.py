@@ -1,0 +1,298 @@
+"""The torch executor: rows as differences δ to one shared clean run, from the patched layer up.
+
+For a block with clean residual x and row residual x + δ:
+
+    δn   = norm(x + δ) − norm(x)
+    δqkv = W_qkv δn                                   biases cancel; RoPE is linear, so it turns δq and δk
+    δz   = attn(q + δq, k + δk, v + δv) − z
+    δmid = δ + W_O δz
+    δu   = W_in (norm(mid + δmid) − norm(mid))
+    δout = δmid + W_out (act(u + δu) − act(u))
+
+A patch replaces δ at its hook point by source − clean. Positions before the first one that can differ are never computed,
+and in the last layer only the position that the metric reads is.
+
+Shapes: δ is `[set, prompt, pos, d]`, the clean side `[prompt, pos, d]` and broadcast over sets. A δ with one set stands for
+all of them until a patch tells them apart; None stands for no difference at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from subcircuit.engine.blocks import Block, Norm
+from subcircuit.engine.model import HookedTransformer
+from subcircuit.engine.patching.compile import HookPatch, compile_masks, hook_patches, patched
+from subcircuit.engine.patching.plan import Start
+from subcircuit.engine.patching.sites import PatchSet
+from subcircuit.engine.patching.sources import AlignedPrompts, Sources, activations
+from subcircuit.engine.rope import rope_frequencies, rope_tables, rotate
+from subcircuit.kernels.activation_delta import Activation, activation_delta
+from subcircuit.kernels.attention_delta import attention_delta
+from subcircuit.kernels.head_fanout import head_fanout
+from subcircuit.kernels.norm_delta import norm_delta
+from subcircuit.kernels.readout import readout
+
+Delta = Float[Tensor, "#set prompt pos d"]
+Patches = dict[str, list[HookPatch]]
+
+
+@dataclass(frozen=True)
+class LayerWeights:
+    """A block's linear weights, [out, in], in the dtype of the δ products."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    o: Tensor
+    w_in: Tensor
+    w_gate: Tensor | None
+    w_out: Tensor
+
+    @classmethod
+    def of(cls, block: Block, dtype: torch.dtype) -> LayerWeights:
+        attn, mlp = block.attn, block.mlp
+        linears = (attn.w_q, attn.w_k, attn.w_v, attn.w_o, mlp.w_in, mlp.w_gate, mlp.w_out)
+        return cls(*(None if linear is None else linear.weight.to(dtype) for linear in linears))  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class CleanLayer:
+    """A block's activations in the clean run of a chunk of prompts; q and k after rotary embedding."""
+
+    resid_pre: Float[Tensor, "prompt pos d_model"]
+    normed1: Float[Tensor, "prompt pos d_model"]
+    q: Float[Tensor, "prompt pos head d_head"]
+    k: Float[Tensor, "prompt pos kv_head d_head"]
+    v: Float[Tensor, "prompt pos kv_head d_head"]
+    z: Float[Tensor, "prompt pos head d_head"]
+    resid_mid: Float[Tensor, "prompt pos d_model"]
+    normed2: Float[Tensor, "prompt pos d_model"]
+    pre: Float[Tensor, "prompt pos d_mlp"]
+    pre_linear: Float[Tensor, "prompt pos d_mlp"] | None
+    post: Float[Tensor, "prompt pos d_mlp"]
+
+
+class DeltaRun:
+    """The clean run of one chunk of prompts, and the propagation of rows' differences above it.
+
+    `base` is a patch set that all rows share: its δ is kept per layer, so that a row costs only the layers from its own
+    first patch on. Setting another base keeps the layers below the first patch in which the two differ.
+    """
+
+    def __init__(
+        self,
+        model: HookedTransformer,
+        weights: Sequence[LayerWeights],
+        prompts: AlignedPrompts,
+        chunk: slice,
+        sources: Sources,
+    ) -> None:
+        self.model, self.weights, self.chunk, self.sources = model, weights, chunk, sources
+        self.config = model.config
+        self.tokens = prompts.clean[chunk].to(model.device)
+        self.n_prompts, self.n_pos = self.tokens.shape
+        self.product_dtype = weights[0].q.dtype
+        if self.config.positions == "rope":
+            positions = torch.arange(self.n_pos, device=model.device)
+            self._rope = rope_tables(rope_frequencies(self.config), positions, model.dtype)
+        self._run_clean()
+        unembed = model.unembed_weight
+        answer, wrong = (tokens[chunk].to(model.device) for tokens in (prompts.answer, prompts.wrong))
+        self.direction = unembed[answer] - unembed[wrong]
+        self._base: PatchSet = ()
+        self._base_first = 0
+        self._base_deltas: list[Delta | None] = []
+
+    def _run_clean(self) -> None:
+        rotary = self.config.positions == "rope"
+        q, k = ("attn.hook_rot_q", "attn.hook_rot_k") if rotary else ("attn.hook_q", "attn.hook_k")
+        kept = ["hook_resid_pre", q, k, "attn.hook_v", "attn.hook_z", "hook_resid_mid", "mlp.hook_pre", "mlp.hook_post"]
+        kept += ["mlp.hook_pre_linear"] if self.config.gated_mlp else []
+        n_layers = self.config.n_layers
+        names = [f"blocks.{layer}.{name}" for layer in range(n_layers) for name in kept]
+        patched_names = {name for names in self.sources.names.values() for name in names}
+        last = f"blocks.{n_layers - 1}.hook_resid_post"
+        cache = activations(self.model, self.tokens, [*names, *patched_names, last])
+        self.patched_clean = {name: cache[name] for name in patched_names}
+        self.clean = [self._clean_layer(cache, layer, q, k) for layer in range(n_layers)]
+        self.final = cache[last][:, -1]
+        self.final_normed = self.model.ln_final(self.final)
+
+    def _clean_layer(self, cache: Mapping[str, Tensor], layer: int, q: str, k: str) -> CleanLayer:
+        block = cast(Block, self.model.blocks[layer])
+
+        def at(name: str) -> Tensor:
+            return cache[f"blocks.{layer}.{name}"]
+
+        return CleanLayer(
+            resid_pre=at("hook_resid_pre"),
+            normed1=block.ln1(at("hook_resid_pre")),
+            q=at(q),
+            k=at(k),
+            v=at("attn.hook_v"),
+            z=at("attn.hook_z"),
+            resid_mid=at("hook_resid_mid"),
+            normed2=block.ln2(at("hook_resid_mid")),
+            pre=at("mlp.hook_pre"),
+            pre_linear=at("mlp.hook_pre_linear") if self.config.gated_mlp else None,
+            post=at("mlp.hook_post"),
+        )
+
+    @property
+    def clean_metric(self) -> Float[Tensor, "prompt"]:
+        return (self.final_normed * self.direction).sum(-1)
+
+    def covers(self, names: Sequence[str]) -> bool:
+        """Whether the clean values of these hook points were kept."""
+        return set(names) <= self.patched_clean.keys()
+
+    def set_base(self, base: PatchSet, first: int) -> None:
+        """Let all rows share the patches of `base`, whose difference starts at position `first`."""
+        n_kept = _first_difference(self._base, base, self.config.n_layers) + 1
+        if first != self._base_first:
+            n_kept = 0
+        self._base, self._base_first = base, first
+        del self._base_deltas[n_kept:]
+
+    def _base_delta(self, layer: int) -> Delta | None:
+        """δ that the base set alone causes in the residual stream entering a layer."""
+        if not self._base:
+            return None
+        if not self._base_deltas:
+            self._base_deltas.append(None)
+        if len(self._base_deltas) <= layer:
+            from_layer = len(self._base_deltas) - 1
+            patches = self._patches([self._base], self._base_first, from_layer)
+            for below in range(from_layer, layer):
+                self._base_deltas.append(self._block(below, self._base_deltas[below], patches, self._base_first))
+        return self._base_deltas[layer]
+
+    def effects(self, patch_sets: Sequence[PatchSet], start: Start) -> Float[Tensor, "set prompt"]:
+        """Effects of patch sets (on top of the base) that all start at `start`."""
+        first = min(start.first, self._base_first) if self._base else start.first
+        patches = self._patches([(*self._base, *patch_set) for patch_set in patch_sets], first, start.layer)
+        delta = self._base_delta(start.layer)
+        for layer in range(start.layer, self.config.n_layers):
+            delta = self._block(layer, delta, patches, first)
+        if delta is None:
+            return self.final.new_zeros(len(patch_sets), self.n_prompts)
+        norm = self.model.ln_final
+        effects = readout(
+            self.final, self.final_normed, delta[:, :, -1], norm.weight, norm.bias, norm.eps, self.direction
+        )
+        return effects.expand(len(patch_sets), -1)
+
+    def _patches(self, patch_sets: Sequence[PatchSet], first: int, from_layer: int) -> Patches:
+        masks = compile_masks(patch_sets, self.config, self.n_pos, first, self.sources, from_layer)
+        return hook_patches(masks, self.patched_clean, self.sources, self.chunk, first)
+
+    def _block(self, layer: int, delta: Delta | None, patches: Patches, first: int) -> Delta | None:
+        """δ leaving a layer, from δ entering it."""
+        name = f"blocks.{layer}"
+        delta = patched(delta, patches.get(f"{name}.hook_resid_pre", ()))
+        n_read = 1 if layer == self.config.n_layers - 1 else self.n_pos - first
+        delta_attn = self._attention(layer, delta, patches, first, n_read)
+        delta_mid = _add(None if delta is None else delta[:, :, -n_read:], delta_attn)
+        delta_mlp = self._mlp(layer, delta_mid, patches, n_read)
+        return _add(delta_mid, delta_mlp)
+
+    def _attention(self, layer: int, delta: Delta | None, patches: Patches, first: int, n_read: int) -> Delta | None:
+        clean, weights, name = self.clean[layer], self.weights[layer], f"blocks.{layer}.attn"
+        at_z = patches.get(f"{name}.hook_z", [])
+        complete = len(at_z) == 1 and at_z[0].complete
+        delta_z = None if complete else self._delta_z(layer, delta, patches, first, n_read)
+        if delta_z is None and len(at_z) == 1 and at_z[0].single_heads is not None:
+            return head_fanout(at_z[0].delta[:, -n_read:], at_z[0].single_heads, weights.o, clean.z.dtype)
+        delta_z = patched(None if delta_z is None else delta_z.flatten(3), at_z, n_read)
+        return None if delta_z is None else self._product(delta_z, weights.o)
+
+    def _delta_z(self, layer: int, delta: Delta | None, patches: Patches, first: int, n_read: int) -> Delta | None:
+        clean, weights, name = self.clean[layer], self.weights[layer], f"blocks.{layer}.attn"
+        delta_q = delta_k = delta_v = None
+        if delta is not None:
+            norm = cast(Block, self.model.blocks[layer]).ln1
+            delta_normed = self._norm_delta(clean.resid_pre[:, first:], clean.normed1[:, first:], delta, norm)
+            delta_q = self._product(delta_normed[:, :, -n_read:], weights.q)
+            delta_k = self._product(delta_normed, weights.k)
+            delta_v = self._product(delta_normed, weights.v)
+        delta_q = self._heads(patched(delta_q, patches.get(f"{name}.hook_q", ()), n_read))
+        delta_k = self._heads(patched(delta_k, patches.get(f"{name}.hook_k", ())))
+        delta_v = self._heads(patched(delta_v, patches.get(f"{name}.hook_v", ())))
+        if delta_q is None and delta_k is None and delta_v is None:
+            return None
+        return attention_delta(
+            clean.q[:, -n_read:],
+            clean.k,
+            clean.v,
+            clean.z[:, -n_read:],
+            self._rotated(delta_q),
+            self._rotated(delta_k),
+            delta_v,
+            self.product_dtype,
+        )
+
+    def _mlp(self, layer: int, delta_mid: Delta | None, patches: Patches, n_read: int) -> Delta | None:
+        clean, weights, name = self.clean[layer], self.weights[layer], f"blocks.{layer}"
+        at_out = patches.get(f"{name}.hook_mlp_out", [])
+        if len(at_out) == 1 and at_out[0].complete:
+            return patched(None, at_out, n_read)
+        delta_post = None
+        if delta_mid is not None:
+            norm = cast(Block, self.model.blocks[layer]).ln2
+            delta_normed = self._norm_delta(clean.resid_mid[:, -n_read:], clean.normed2[:, -n_read:], delta_mid, norm)
+            pre_weight = weights.w_in if weights.w_gate is None else weights.w_gate
+            gated = weights.w_gate is not None
+            delta_post = activation_delta(
+                clean.pre[:, -n_read:],
+                clean.post[:, -n_read:],
+                self._product(delta_normed, pre_weight),
+                cast(Activation, self.config.activation),
+                self.product_dtype,
+                clean.pre_linear[:, -n_read:] if clean.pre_linear is not None else None,
+                self._product(delta_normed, weights.w_in) if gated else None,
+            )
+        delta_post = patched(delta_post, patches.get(f"{name}.mlp.hook_post", ()), n_read)
+        delta_out = None if delta_post is None else self._product(delta_post, weights.w_out)
+        return patched(delta_out, at_out, n_read)
+
+    def _norm_delta(self, clean: Tensor, clean_normed: Tensor, delta: Tensor, norm: Norm) -> Delta:
+        return norm_delta(clean, clean_normed, delta, norm.weight, norm.bias, norm.eps, self.product_dtype)
+
+    def _product(self, delta: Tensor, weight: Tensor) -> Delta:
+        """δ times a linear weight in the product precision, back in the precision of the clean run."""
+        return F.linear(delta.to(weight.dtype), weight).to(self.final.dtype)
+
+    def _heads(self, delta: Tensor | None) -> Float[Tensor, "#set prompt pos head d_head"] | None:
+        return None if delta is None else delta.unflatten(-1, (-1, self.config.d_head))
+
+    def _rotated(self, delta: Tensor | None) -> Tensor | None:
+        """Rotary embedding of δq or δk, whose positions are the prompt's last ones."""
+        if delta is None or self.config.positions != "rope":
+            return delta
+        cos, sin = self._rope
+        return rotate(delta, cos[-delta.shape[2] :], sin[-delta.shape[2] :])
+
+
+def _add(a: Delta | None, b: Delta | None) -> Delta | None:
+    """Sum of two differences; b, which nobody else holds, may be overwritten."""
+    if a is None or b is None:
+        return b if a is None else a
+    return b.add_(a) if a.shape[0] <= b.shape[0] else a + b
+
+
+def _first_difference(a: PatchSet, b: PatchSet, n_layers: int) -> int:
+    """The lowest layer in which two patch sets differ; n_layers if in none."""
+
+    def in_layer(patch_set: PatchSet, layer: int) -> list[tuple[object, object]]:
+        chosen = [patch for patch in patch_set if patch.site.component.layer == layer]
+        return [(patch.site, patch.source if isinstance(patch.source, str) else id(patch.source)) for patch in chosen]
+
+    return next((layer for layer in range(n_layers) if in_layer(a, layer) != in_layer(b, layer)), n_layers)

@@ -1,0 +1,64 @@
+"""Which rows are run together: patch sets that start at the same place, in chunks that fit a memory budget."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from subcircuit.engine.config import ModelConfig
+from subcircuit.engine.patching.sites import PatchSet
+
+# Rows enough for full-speed GEMMs, few enough for a core's cache to help the elementwise steps between them.
+TOKENS_PER_CHUNK = 4096
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a patch set's first difference arises: layer, stage within the layer, position. Nothing before is computed."""
+
+    layer: int
+    stage: int
+    first: int
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Patch sets (by index) that start together and are run as one batch for every prompt of a prompt chunk."""
+
+    start: Start
+    sets: tuple[int, ...]
+
+
+def start_of(patch_set: PatchSet, first_position: Callable[[PatchSet], int]) -> Start:
+    """The start of a non-empty patch set."""
+    layer, stage = min((patch.site.component.layer, patch.site.component.stage) for patch in patch_set)
+    return Start(layer, stage, first_position(patch_set))
+
+
+def plan_chunks(starts: Sequence[Start], n_prompts: int, n_pos: int, max_tokens: int) -> list[Chunk]:
+    """Group patch sets by start and cut each group so that one chunk holds at most about `max_tokens` row tokens."""
+    groups: dict[Start, list[int]] = {}
+    for index, start in enumerate(starts):
+        groups.setdefault(start, []).append(index)
+    chunks = []
+    for start, sets in sorted(groups.items(), key=lambda item: (item[0].layer, item[0].stage, item[0].first)):
+        at_most = max(1, max_tokens // (n_prompts * (n_pos - start.first)))
+        n_chunks = -(-len(sets) // at_most)
+        size = -(-len(sets) // n_chunks)
+        chunks += [Chunk(start, tuple(sets[i : i + size])) for i in range(0, len(sets), size)]
+    return chunks
+
+
+def clean_bytes(config: ModelConfig, n_pos: int, element_size: int) -> int:
+    """Bytes that the clean activations of one prompt take while its rows are run."""
+    attention = 2 * (config.n_heads + config.kv_heads) * config.d_head
+    mlp = (3 if config.gated_mlp else 2) * config.d_mlp
+    return n_pos * config.n_layers * (4 * config.d_model + attention + mlp) * element_size
+
+
+def row_bytes(config: ModelConfig, n_pos: int, element_size: int) -> int:
+    """Bytes that one row takes at the widest point of a block."""
+    attention = 3 * config.d_model + 3 * (config.n_heads + 2 * config.kv_heads) * config.d_head
+    attention += 2 * config.n_heads * n_pos
+    mlp = 3 * config.d_model + (3 if config.gated_mlp else 2) * config.d_mlp
+    return n_pos * max(attention, mlp) * element_size

@@ -1,0 +1,70 @@
+"""The reference executor: one full forward with hooks per patch set and prompt chunk. Slow, plain, the oracle."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from subcircuit.engine.model import HookedTransformer
+from subcircuit.engine.patching.sites import Patch, PatchSet, Source
+from subcircuit.engine.patching.sources import AlignedPrompts, Sources
+
+Progress = Callable[[int, int], None]
+"""Called with (rows done, rows in all)."""
+
+
+@torch.no_grad()
+def reference_effects(
+    model: HookedTransformer,
+    prompts: AlignedPrompts,
+    patch_sets: Sequence[PatchSet],
+    source: Source,
+    prompts_per_chunk: int,
+    progress: Progress | None = None,
+) -> tuple[Float[Tensor, "set prompt"], Float[Tensor, "prompt"]]:
+    """Effects of every patch set on every prompt, and the clean metric, from full forwards in the model's own dtype."""
+    n_prompts, n_pos = prompts.clean.shape
+    sources = Sources(model, prompts, patch_sets, source, prompts_per_chunk)
+    patched = torch.empty(len(patch_sets), n_prompts, dtype=model.dtype, device=model.device)
+    clean = torch.empty(n_prompts, dtype=model.dtype, device=model.device)
+    for first in range(0, n_prompts, prompts_per_chunk):
+        chunk = slice(first, min(first + prompts_per_chunk, n_prompts))
+        clean[chunk] = _logit_difference(model(prompts.clean[chunk]), prompts, chunk)
+        for i, patch_set in enumerate(patch_sets):
+            hooks = [(patch.site.component.hook_name, _replace(model, patch, sources, chunk, n_pos)) for patch in patch_set]
+            logits = model.run_with_hooks(prompts.clean[chunk], hooks)
+            patched[i, chunk] = _logit_difference(logits, prompts, chunk)
+            if progress is not None:
+                progress(len(patch_sets) * first + (i + 1) * (chunk.stop - first), len(patch_sets) * n_prompts)
+    return patched - clean, clean
+
+
+def _logit_difference(logits: Tensor, prompts: AlignedPrompts, chunk: slice) -> Float[Tensor, "prompt"]:
+    last = logits[:, -1]
+    answer, wrong = (tokens[chunk, None].to(last.device) for tokens in (prompts.answer, prompts.wrong))
+    return (last.gather(1, answer) - last.gather(1, wrong))[:, 0]
+
+
+def _replace(
+    model: HookedTransformer, patch: Patch, sources: Sources, chunk: slice, n_pos: int
+) -> Callable[[Tensor, str], Tensor]:
+    component = patch.site.component
+    positions = patch.site.resolve(n_pos)
+    where = list(range(n_pos)) if positions is None else list(positions)
+    indices = list(component.indices(model.config))
+    source_value = sources.value(sources.key(patch.source), component.hook_name, chunk)
+
+    def replace(value: Tensor, name: str) -> Tensor:
+        source = source_value.expand_as(value)
+        value = value.clone()
+        for position in where:
+            if component.kind in ("mlp", "resid"):
+                value[:, position] = source[:, position]
+            else:
+                value[:, position, indices] = source[:, position, indices]
+        return value
+
+    return replace

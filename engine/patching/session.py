@@ -1,0 +1,194 @@
+"""Sweeping many rows: one call for a list of patch sets, or a session that keeps the clean run between calls."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from subcircuit.engine.errors import PatchError
+from subcircuit.engine.model import HookedTransformer
+from subcircuit.engine.patching.delta import DeltaRun, LayerWeights
+from subcircuit.engine.patching.plan import TOKENS_PER_CHUNK, Start, clean_bytes, plan_chunks, row_bytes, start_of
+from subcircuit.engine.patching.reference import Progress, reference_effects
+from subcircuit.engine.patching.sites import Patch, PatchSet, Site, Source, as_patch_set
+from subcircuit.engine.patching.sources import AlignedPrompts, Sources
+
+Executor = Literal["torch", "reference"]
+Precision = Literal["fp64", "fp32", "bf16"]
+
+EXECUTORS: tuple[Executor, ...] = ("torch", "reference")
+_DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}
+DEFAULT_BUDGET_BYTES = 2 * 2**30
+
+
+@dataclass(frozen=True)
+class Effects:
+    """What patch sets did to the metric of each prompt."""
+
+    effects: Float[Tensor, "set prompt"]
+    """metric(patched row) − metric(clean run of that prompt); the metric is logit(answer) − logit(wrong), last position."""
+    clean_metric: Float[Tensor, "prompt"]
+
+
+def in_dtype(model: HookedTransformer, dtype: torch.dtype) -> HookedTransformer:
+    """The model itself, or a copy of it in another dtype."""
+    return model if model.dtype == dtype else copy.deepcopy(model).to(dtype)
+
+
+def check_prompts(model: HookedTransformer, prompts: AlignedPrompts) -> None:
+    """Raises PatchError when clean and corrupted prompts are not aligned token by token."""
+    clean, corrupted = prompts.clean, prompts.corrupted
+    if clean.ndim != 2 or 0 in clean.shape:
+        raise PatchError(f"clean prompts have shape {tuple(clean.shape)}; patching needs aligned prompts [prompt, pos]")
+    if corrupted is not None and corrupted.shape != clean.shape:
+        raise PatchError(f"corrupted prompts have shape {tuple(corrupted.shape)}, clean ones {tuple(clean.shape)}; they must be aligned")
+    if clean.shape[1] > model.config.n_ctx:
+        raise PatchError(f"prompts of {clean.shape[1]} tokens are longer than the model's context of {model.config.n_ctx}")
+
+
+class DeltaSession:
+    """Delta-form patching of one data set: the clean run is made once and serves every call of `effects`.
+
+    `precision` is that of the δ products: `fp32`, `bf16` (everything else stays float32), or `fp64` (all of it). Clean
+    activations are kept for as many prompts as half of `budget_bytes` holds; with more prompts than that, each call runs
+    the clean prompts anew, chunk by chunk.
+    """
+
+    def __init__(
+        self,
+        model: HookedTransformer,
+        prompts: AlignedPrompts,
+        *,
+        source: Source = "corrupted",
+        precision: Precision = "fp32",
+        budget_bytes: int = DEFAULT_BUDGET_BYTES,
+    ) -> None:
+        check_prompts(model, prompts)
+        product_dtype = _dtype(precision)
+        compute_dtype = torch.float64 if product_dtype == torch.float64 else torch.float32
+        self.model = in_dtype(model, compute_dtype)
+        self.prompts = prompts
+        self._weights = [LayerWeights.of(block, product_dtype) for block in self.model.blocks]  # type: ignore[arg-type]
+        self.n_prompts, self.n_pos = prompts.clean.shape
+        element_size = torch.finfo(compute_dtype).bits // 8
+        per_prompt = clean_bytes(model.config, self.n_pos, element_size)
+        self._chunk_size = max(1, min(self.n_prompts, budget_bytes // 2 // per_prompt))
+        self._sources = Sources(self.model, prompts, [], source, self._chunk_size)
+        row_tokens = budget_bytes // 4 // (row_bytes(model.config, self.n_pos, element_size) // self.n_pos)
+        self._max_tokens = min(TOKENS_PER_CHUNK, row_tokens) if model.device.type == "cpu" else row_tokens
+        self._first_different = _first_different_position(prompts)
+        self._runs: dict[int, DeltaRun] = {}
+
+    @torch.no_grad()
+    def effects(
+        self,
+        patch_sets: Sequence[Patch | Site | str | PatchSet],
+        base: PatchSet = (),
+        progress: Progress | None = None,
+    ) -> Effects:
+        """Effects of patch sets on every prompt, each set on top of the patches of `base`.
+
+        A base's δ is kept from call to call: what changes in it costs only the layers from there on.
+        """
+        sets = [as_patch_set(patch_set) for patch_set in patch_sets]
+        self._check(sets, base)
+        self._sources.add([*sets, base])
+        effects = torch.zeros(len(sets), self.n_prompts, dtype=self.model.dtype, device=self.model.device)
+        clean_metric = torch.empty(self.n_prompts, dtype=self.model.dtype, device=self.model.device)
+        n_done, n_rows = 0, len(sets) * self.n_prompts
+        for first in range(0, self.n_prompts, self._chunk_size):
+            run = self._run(first)
+            clean_metric[run.chunk] = run.clean_metric
+            run.set_base(base, self._first_position(base))
+            for chunk in plan_chunks(self._starts(sets, base), run.n_prompts, self.n_pos, self._max_tokens):
+                rows = run.effects([sets[i] for i in chunk.sets], chunk.start)
+                effects[list(chunk.sets), run.chunk] = rows
+                n_done += rows.numel()
+                if progress is not None:
+                    progress(n_done, n_rows)
+        return Effects(effects, clean_metric)
+
+    def _check(self, sets: Iterable[PatchSet], base: PatchSet) -> None:
+        for patch_set in [*sets, base]:
+            for patch in patch_set:
+                patch.site.component.check(self.model.config)
+                patch.site.resolve(self.n_pos)
+
+    def _run(self, first: int) -> DeltaRun:
+        names = sorted({name for names in self._sources.names.values() for name in names})
+        if first not in self._runs or not self._runs[first].covers(names):
+            self._runs.clear()  # what does not fit beside the others is made anew, what lacks a hook point too
+            chunk = slice(first, min(first + self._chunk_size, self.n_prompts))
+            self._runs[first] = DeltaRun(self.model, self._weights, self.prompts, chunk, self._sources)
+        return self._runs[first]
+
+    def _starts(self, sets: Sequence[PatchSet], base: PatchSet) -> list[Start]:
+        """Where each set starts; a set without patches differs from the base nowhere and starts above the last layer."""
+        above = Start(self.model.config.n_layers, 0, self.n_pos - 1)
+        starts = [start_of(patch_set, self._first_position) if patch_set else above for patch_set in sets]
+        # A base's δ enters the layer from below: every row computes all of the layer then, from the base's own position.
+        first = self._first_position(base)
+        return [Start(s.layer, 0, min(s.first, first)) for s in starts] if base else starts
+
+    def _first_position(self, patch_set: PatchSet) -> int:
+        """First position at which a patch set can make a difference."""
+        firsts = [self.n_pos - 1]
+        for patch in patch_set:
+            positions = patch.site.resolve(self.n_pos)
+            first = 0 if positions is None else positions[0]
+            corrupted = self._sources.key(patch.source) == "corrupted"
+            firsts.append(max(first, self._first_different) if corrupted else first)
+        return min(firsts)
+
+
+def patch_effects(
+    model: HookedTransformer,
+    prompts: AlignedPrompts,
+    patch_sets: Sequence[Patch | Site | str | PatchSet],
+    *,
+    source: Source = "corrupted",
+    executor: Executor = "torch",
+    precision: Precision = "fp32",
+    budget_bytes: int = DEFAULT_BUDGET_BYTES,
+    progress: Progress | None = None,
+) -> Effects:
+    """Effects of patch sets on every prompt: `[set, prompt]`, metric(patched row) − metric(clean run).
+
+    Executors: `reference` runs one full forward with hooks per patch set in the given precision; `torch` propagates δ only.
+
+    Raises PatchError for a component, position, source, executor or precision that does not exist.
+    """
+    if executor == "torch":
+        session = DeltaSession(model, prompts, source=source, precision=precision, budget_bytes=budget_bytes)
+        return session.effects(patch_sets, progress=progress)
+    if executor != "reference":
+        raise PatchError(f"executor {executor!r} is not known; expected one of {', '.join(EXECUTORS)}")
+    check_prompts(model, prompts)
+    sets = [as_patch_set(patch_set) for patch_set in patch_sets]
+    for patch_set in sets:
+        for patch in patch_set:
+            patch.site.component.check(model.config)
+    model = in_dtype(model, _dtype(precision))
+    per_prompt = clean_bytes(model.config, prompts.clean.shape[1], 8)
+    chunk = max(1, budget_bytes // 4 // per_prompt)
+    return Effects(*reference_effects(model, prompts, sets, source, chunk, progress))
+
+
+def _dtype(precision: str) -> torch.dtype:
+    if precision not in _DTYPES:
+        raise PatchError(f"precision {precision!r} is not known; expected one of {', '.join(_DTYPES)}")
+    return _DTYPES[precision]
+
+
+def _first_different_position(prompts: AlignedPrompts) -> int:
+    """First position at which any prompt differs from its corrupted twin; the last one where none does."""
+    if prompts.corrupted is None:
+        return 0
+    different = (prompts.clean != prompts.corrupted.to(prompts.clean.device)).any(0).nonzero()
+    return int(different[0]) if len(different) else prompts.clean.shape[1] - 1

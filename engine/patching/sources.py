@@ -1,0 +1,149 @@
+"""What a patch puts in place of a clean activation: the values of each source at each hook point."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Protocol
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from subcircuit.engine.errors import PatchError
+from subcircuit.engine.model import HookedTransformer
+from subcircuit.engine.patching.sites import PatchSet, Source
+
+
+class AlignedPrompts(Protocol):
+    """Prompts of one length with their corrupted twins, and the two tokens whose logits are compared."""
+
+    @property
+    def clean(self) -> Int[Tensor, "prompt pos"]: ...
+
+    @property
+    def corrupted(self) -> Int[Tensor, "prompt pos"] | None: ...
+
+    @property
+    def answer(self) -> Int[Tensor, "prompt"]: ...
+
+    @property
+    def wrong(self) -> Int[Tensor, "prompt"]: ...
+
+
+SourceKey = str | int
+"""A source by name, or a mapping by identity (mappings of tensors do not hash)."""
+
+
+class Sources:
+    """The sources of a set of rows, and their values for any chunk of the prompts.
+
+    `mean` is the mean per position over the corrupted prompts of the data set (over the clean ones where there are no
+    corrupted ones), as in the ablations of Lan et al. (arXiv 2311.04131); it is measured once, in chunks.
+
+    Raises PatchError for an unknown source, `corrupted` without corrupted prompts, or a mapping that lacks a hook point.
+    """
+
+    def __init__(
+        self,
+        model: HookedTransformer,
+        prompts: AlignedPrompts,
+        patch_sets: Iterable[PatchSet],
+        default: Source,
+        prompts_per_chunk: int,
+    ) -> None:
+        self._model, self._prompts, self._default = model, prompts, default
+        self._prompts_per_chunk = prompts_per_chunk
+        self._mappings: dict[SourceKey, Mapping[str, Tensor]] = {}
+        self._means: dict[str, Tensor] = {}
+        self._chunk: tuple[slice, Mapping[str, Tensor]] | None = None
+        self.names: dict[SourceKey, list[str]] = {}
+        self.add(patch_sets)
+
+    def add(self, patch_sets: Iterable[PatchSet]) -> None:
+        """Take in the sources and hook points of further patch sets."""
+        wanted: dict[SourceKey, set[str]] = {key: set(names) for key, names in self.names.items()}
+        for patch_set in patch_sets:
+            for patch in patch_set:
+                wanted.setdefault(self.key(patch.source), set()).add(patch.site.component.hook_name)
+        for key in wanted:
+            self._check(key)
+        self.names = {key: sorted(names) for key, names in wanted.items()}
+        self._measure_means()
+
+    def key(self, source: Source | None) -> SourceKey:
+        """What `value` knows a patch's source by; None is the default source."""
+        source = self._default if source is None else source
+        if isinstance(source, str):
+            return source
+        self._mappings[id(source)] = source
+        return id(source)
+
+    def _check(self, key: SourceKey) -> None:
+        if isinstance(key, str) and key not in ("corrupted", "mean", "zero"):
+            raise PatchError(f"source {key!r} is not known; expected 'corrupted', 'mean', 'zero' or tensors by hook name")
+        if key == "corrupted" and self._prompts.corrupted is None:
+            raise PatchError("source 'corrupted' needs corrupted prompts, and this task has none")
+
+    def _measure_means(self) -> None:
+        missing = [name for name in self.names.get("mean", []) if name not in self._means]
+        if not missing:
+            return
+        tokens = self._prompts.clean if self._prompts.corrupted is None else self._prompts.corrupted
+        totals: dict[str, Tensor] = {}
+        for chunk in tokens.split(self._prompts_per_chunk):
+            for name, value in activations(self._model, chunk, missing).items():
+                totals[name] = totals.get(name, torch.zeros((), dtype=value.dtype)) + value.sum(0, keepdim=True)
+        self._means |= {name: total / len(tokens) for name, total in totals.items()}
+
+    def value(self, key: SourceKey, hook_name: str, prompts: slice) -> Float[Tensor, "#prompt pos ..."]:
+        """A source's value at a hook point for a chunk of prompts; the prompt axis is 1 where all prompts share it."""
+        if key == "mean":
+            return self._means[hook_name]
+        if key == "zero":
+            return torch.zeros(1, 1, *self._tail_shape(hook_name), dtype=self._model.dtype, device=self._model.device)
+        if key == "corrupted":
+            return self._corrupted(prompts)[hook_name]
+        return self._mapped(self._mappings[key], hook_name, prompts)
+
+    def _corrupted(self, prompts: slice) -> Mapping[str, Tensor]:
+        names = self.names["corrupted"]
+        if self._chunk is None or self._chunk[0] != prompts or not set(names) <= set(self._chunk[1]):
+            assert self._prompts.corrupted is not None
+            self._chunk = prompts, activations(self._model, self._prompts.corrupted[prompts], names)
+        return self._chunk[1]
+
+    def _mapped(self, mapping: Mapping[str, Tensor], hook_name: str, prompts: slice) -> Tensor:
+        if hook_name not in mapping:
+            raise PatchError(f"source has no value for {hook_name!r}; it holds {len(mapping)} other hook points")
+        value = mapping[hook_name].to(dtype=self._model.dtype, device=self._model.device)
+        n_prompts, n_pos = self._prompts.clean.shape
+        tail = self._tail_shape(hook_name)
+        if value.ndim != len(tail) + 2 or value.shape[2:] != tail or value.shape[1] not in (1, n_pos):
+            raise PatchError(
+                f"source for {hook_name!r} has shape {tuple(value.shape)}; expected ({n_prompts} or 1, {n_pos} or 1, *{tuple(tail)})"
+            )
+        if value.shape[0] == 1:
+            return value
+        if value.shape[0] != n_prompts:
+            raise PatchError(f"source for {hook_name!r} has {value.shape[0]} prompts; expected {n_prompts} or 1")
+        return value[prompts]
+
+    def _tail_shape(self, hook_name: str) -> torch.Size:
+        config = self._model.config
+        tails = {
+            "hook_z": (config.n_heads, config.d_head),
+            "hook_q": (config.n_heads, config.d_head),
+            "hook_k": (config.kv_heads, config.d_head),
+            "hook_v": (config.kv_heads, config.d_head),
+            "hook_post": (config.d_mlp,),
+        }
+        return torch.Size(tails.get(hook_name.split(".")[-1], (config.d_model,)))
+
+
+@torch.no_grad()
+def activations(
+    model: HookedTransformer, tokens: Int[Tensor, "prompt pos"], names: list[str]
+) -> Mapping[str, Float[Tensor, "prompt pos ..."]]:
+    """Activations at the named hook points, running no layer above the last of them."""
+    last = max((int(name.split(".")[1]) for name in names if name.startswith("blocks.")), default=-1)
+    return model.run_with_cache(tokens, names, stop_at_layer=last + 1)[1] if names else {}
