@@ -1,0 +1,64 @@
+"""What a prompt's logits are worth: one number per prompt, from the logits after the prompt's last token.
+
+Every function takes logits `[prompt, d_vocab]`, or `[prompt, pos, d_vocab]` of aligned prompts, of which the
+last position is read. Values are float32 (float64 for float64 logits), whatever the model's dtype.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+Logits = Float[Tensor, "prompt d_vocab"] | Float[Tensor, "prompt pos d_vocab"]
+
+
+def logit_difference(
+    logits: Logits, answer: Int[Tensor, " prompt"], wrong: Int[Tensor, " prompt"]
+) -> Float[Tensor, " prompt"]:
+    """logit(answer) − logit(wrong): the log of how many times likelier the answer is."""
+    last = last_logits(logits)
+    return _at(last, answer) - _at(last, wrong)
+
+
+def log_probability(logits: Logits, answer: Int[Tensor, " prompt"]) -> Float[Tensor, " prompt"]:
+    """log P(answer), in nats."""
+    return _at(last_logits(logits).log_softmax(-1), answer)
+
+
+def kl_divergence(logits: Logits, reference: Logits) -> Float[Tensor, " prompt"]:
+    """KL(reference ‖ logits) in nats: what is lost by predicting with `logits` in place of `reference`."""
+    log_p, log_q = last_logits(reference).log_softmax(-1), last_logits(logits).log_softmax(-1)
+    # xlogy's rule 0 · log 0 = 0: a token that neither predicts (logit −inf) adds nothing.
+    terms = torch.where(log_p == -torch.inf, 0.0, log_p.exp() * (log_p - log_q))
+    return terms.sum(-1)
+
+
+def is_top(logits: Logits, answer: Int[Tensor, " prompt"]) -> Bool[Tensor, " prompt"]:
+    """Whether the likeliest token is the answer."""
+    return last_logits(logits).argmax(-1) == answer.to(logits.device)
+
+
+def accuracy(logits: Logits, answer: Int[Tensor, " prompt"]) -> float:
+    """Share of prompts whose likeliest token is the answer, 0 to 1."""
+    return float(is_top(logits, answer).float().mean())
+
+
+def recovered_share(
+    patched: Float[Tensor, "*any"], clean: Float[Tensor, "*any"], corrupted: Float[Tensor, "*any"]
+) -> Float[Tensor, "*any"]:
+    """(patched − corrupted) / (clean − corrupted) of any metric: 0 as bad as corrupted, 1 as good as clean.
+
+    Not bounded to 0…1; NaN or infinite where clean and corrupted are equal: there is nothing to recover.
+    """
+    return (patched - corrupted) / (clean - corrupted)
+
+
+def last_logits(logits: Logits) -> Float[Tensor, "prompt d_vocab"]:
+    """The logits after each prompt's last token, at least in float32."""
+    last = logits[:, -1] if logits.ndim == 3 else logits
+    return last if last.dtype == torch.float64 else last.float()
+
+
+def _at(values: Tensor, tokens: Tensor) -> Tensor:
+    return values.gather(-1, tokens.to(values.device)[:, None])[:, 0]
