@@ -145,22 +145,15 @@ class Task:
             what = f"prompt {outside[0]} is not there" if outside else "a subset needs at least one prompt"
             raise TaskError(f"task {self.name!r}: {what}; expected indices in 0..{self.n - 1}")
 
-        def pick(values: tuple[str, ...]) -> tuple[str, ...]:
-            return tuple(values[row] for row in rows) if values else ()
-
-        return Task(
-            name=self.name,
+        return replace(
+            self,
             clean=self.clean[rows],
             corrupted=None if self.corrupted is None else self.corrupted[rows],
             answer=self.answer[rows],
             wrong=self.wrong[rows],
-            prompts=pick(self.prompts),
-            corrupted_prompts=pick(self.corrupted_prompts),
-            template=self.template,
-            seed=self.seed,
+            prompts=tuple(self.prompts[row] for row in rows) if self.prompts else (),
+            corrupted_prompts=tuple(self.corrupted_prompts[row] for row in rows) if self.corrupted_prompts else (),
             starts=tuple(self.starts[row] for row in rows) if self.starts else (),
-            member_positions=self.member_positions,
-            filtered=self.filtered,
         )
 
     def fingerprint(self) -> str:
@@ -399,7 +392,7 @@ def _layouts(name: str, template: str, tokenizer: Tokenizer) -> list[_Layout]:
             reasons.append(f"template {each!r} {reason}")
     if not found or (reasons and template != "all"):
         raise TaskError(f"task {name!r}: {reasons[0]}; {_what_fits(name, tokenizer)}")
-    shapes = [(len(each.frame), each.word_positions, each.member_positions) for each in found]
+    shapes = [(len(each.frame), each.word_positions, each.member_positions, each.starts) for each in found]
     most_common = Counter(shapes).most_common(1)[0][0]
     aligned = [each for each, shape in zip(found, shapes, strict=True) if shape == most_common]
     if len(aligned) < len(found) and template != "all":
@@ -537,7 +530,7 @@ def _templates_that_fit(name: str, tokenizer: Tokenizer) -> list[str]:
 
 def _tokenizer_and_model(given: Model | Tokenizer) -> tuple[Tokenizer, Model | None]:
     if hasattr(given, "encode"):
-        return given, None
+        return cast(Tokenizer, given), None
     if not hasattr(given, "tokenizer"):
         raise TaskError(f"a task needs a model or a tokenizer; got {type(given).__name__}")
     if given.tokenizer is None:
