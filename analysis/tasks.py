@@ -81,7 +81,7 @@ TEMPLATES = {
         Template("bare"),
     )
 }
-CANDIDATES_PER_WORD_SET = 16
+WORD_SETS_TRIED = 16
 """How many word sets the filter tries for each one it needs before it gives up."""
 MIXED = ("done", "lost", "born")
 """What `template="all"` stands for."""
@@ -177,6 +177,7 @@ def task(
     seed: int = 0,
     template: str = "all",
     filter: bool = False,
+    starts: Sequence[int] | None = None,
 ) -> Task:
     """Build n prompt pairs of a task for a model's tokenizer.
 
@@ -191,15 +192,19 @@ def task(
     filter: the paper's: keep a prompt only if the model's top token is the answer and P(answer) > 2 P(wrong), and
         words only if that holds from all start values (number words and months: in both tasks, where the other can be
         built). For `bare`, keep the start values that pass.
+    starts: start values to use, counted from 1; all that the tokenizer allows, if not given. A small model may never
+        get some of them right, and then no words pass from all.
 
-    Raises TaskError where the name or template is not known, the tokenizer has too few single-token members or words,
-    or too few prompts pass the filter.
+    Raises TaskError where the name, template or a start value is not known, the tokenizer has too few single-token
+    members or words, or too few prompts pass the filter.
     """
     tokenizer, model = _tokenizer_and_model(model_or_tokenizer)
     if n < 1:
         raise TaskError(f"task {name!r}: n is {n}; expected at least one prompt")
     layouts = _layouts(name, template, tokenizer)
-    starts = layouts[0].starts
+    if starts is not None:
+        layouts = [_with_starts(layout, starts) for layout in layouts]
+    first_members = layouts[0].starts
     words: dict[str, list[tuple[str, ...]]] = {}
     if filter:
         if model is None:
@@ -207,8 +212,8 @@ def task(
         if layouts[0].template.words:
             words = _words_that_pass(layouts, n, seed, model)
         else:
-            starts = _starts_that_pass(layouts[0], model)
-    schedule = _schedule(n, starts, layouts)
+            first_members = _starts_that_pass(layouts[0], model)
+    schedule = _schedule(n, first_members, layouts)
     rows = []
     for i, (start, layout, turn) in enumerate(schedule):
         chosen = words[layout.template.name][turn] if words else layout.draw_words(seed, i)
@@ -480,6 +485,16 @@ def _with_frame(layout: _Layout) -> _Layout:
     return replace(layout, frame=frame, word_positions=word_positions, member_positions=member_positions)
 
 
+def _with_starts(layout: _Layout, starts: Sequence[int]) -> _Layout:
+    """The layout with only these start values, counted from 1."""
+    missing = [start for start in starts if start - 1 not in layout.starts]
+    if missing or not starts:
+        what = f"start value {missing[0]} is not there" if missing else "no start values"
+        available = ", ".join(str(start + 1) for start in layout.starts)
+        raise TaskError(f"task {layout.task_name!r}: {what}; {layout.tokenizer.name} allows {available}")
+    return replace(layout, starts=tuple(sorted({start - 1 for start in starts})))
+
+
 def _alternate(words: Sequence[str], members: Sequence[str]) -> list[str]:
     if not words:
         return list(members)
@@ -567,39 +582,48 @@ def _words_that_pass(layouts: Sequence[_Layout], n: int, seed: int, model: Model
     for _, layout, turn in _schedule(n, layouts[0].starts, layouts):
         needed[layout.template.name] = max(needed[layout.template.name], turn + 1)
     found: dict[str, list[tuple[str, ...]]] = {}
-    tried: dict[str, int] = {}
+    n_tried: Counter[str] = Counter()
+    n_passes: Counter[int] = Counter()
     for layout in layouts:
-        checked = [layout, *_filtered_together(layout)]
-        passed: list[tuple[str, ...]] = []
-        n_tried, n_needed = 0, needed[layout.template.name]
-        while len(passed) < n_needed and n_tried < CANDIDATES_PER_WORD_SET * n_needed:
-            words = layout.draw_words(seed, n_tried)
-            n_tried += 1
-            if all(all(_passes(model, each, words, each.starts)) for each in checked):
-                passed.append(words)
-        found[layout.template.name], tried[layout.template.name] = passed, n_tried
+        template = layout.template.name
+        others = _filtered_together(layout)
+        found[template] = []
+        while len(found[template]) < needed[template] and n_tried[template] < WORD_SETS_TRIED * needed[template]:
+            words = layout.draw_words(seed, n_tried[template])
+            n_tried[template] += 1
+            passes = _passes(model, layout, words)
+            n_passes.update(start for start, passed in zip(layout.starts, passes, strict=True) if passed)
+            if all(passes) and all(all(_passes(model, other, words)) for other in others):
+                found[template].append(words)
     if any(len(found[template]) < count for template, count in needed.items()):
         told = ", ".join(
-            f"{template} {len(found[template])} of {count} ({tried[template]} tried)"
+            f"{template} {len(found[template])} of {count} ({n_tried[template]} tried)"
             for template, count in needed.items()
         )
+        hard = [str(start + 1) for start in layouts[0].starts if n_passes[start] < n_tried.total() / 2]
         raise TaskError(
             f"task {name!r}: too few word sets pass the filter from all {len(layouts[0].starts)} start values: "
-            f"{told}; ask for a smaller n, another template, or filter=False"
+            f"{told}; start values that mostly fail: {', '.join(hard) or 'none'}; "
+            "expected a smaller n, another template, other starts, or filter=False"
         )
     return found
 
 
 def _filtered_together(layout: _Layout) -> list[_Layout]:
-    other = FILTERED_TOGETHER.get(layout.task_name)
+    """The other task's layout where the two are filtered together, from the same start values."""
+    name = FILTERED_TOGETHER.get(layout.task_name)
+    if name is None:
+        return []
     try:
-        return [] if other is None else [_layout(other, layout.template, layout.tokenizer)]
+        other = _layout(name, layout.template, layout.tokenizer)
     except _DoesNotFit:
         return []
+    shared = tuple(start for start in other.starts if start in layout.starts)
+    return [replace(other, starts=shared)] if shared else []
 
 
 def _starts_that_pass(layout: _Layout, model: Model) -> tuple[int, ...]:
-    passes = _passes(model, layout, (), layout.starts)
+    passes = _passes(model, layout, ())
     starts = tuple(start for start, passed in zip(layout.starts, passes, strict=True) if passed)
     if not starts:
         raise TaskError(
@@ -609,9 +633,9 @@ def _starts_that_pass(layout: _Layout, model: Model) -> tuple[int, ...]:
     return starts
 
 
-def _passes(model: Model, layout: _Layout, words: Sequence[str], starts: Sequence[int]) -> list[bool]:
+def _passes(model: Model, layout: _Layout, words: Sequence[str]) -> list[bool]:
     """Whether the model's top token is the answer and P(answer) > 2 P(wrong), for each start value."""
-    rows = [layout.pair(words, start, range(start, start + N_MEMBERS)) for start in starts]
+    rows = [layout.pair(words, start, range(start, start + N_MEMBERS)) for start in layout.starts]
     with torch.no_grad():
         logits = model(torch.tensor([row[0] for row in rows]))[:, -1].float().cpu()
     answer, wrong = (torch.tensor([row[i] for row in rows]) for i in (2, 3))

