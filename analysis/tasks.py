@@ -417,29 +417,41 @@ class _DoesNotFit(Exception):
     """Why a template cannot be built for a tokenizer."""
 
 
-def _layout(name: str, template: Template, tokenizer: Tokenizer) -> _Layout:
-    sequence = SEQUENCES[name]
-    stem = f"It is {template.verb} in" if template.words else sequence[0]
-    by_space = _single_tokens(tokenizer, stem, sequence)
+@dataclass(frozen=True)
+class _Members:
+    """The members that are one token after a space, and those at the start of the prompt; keys are indices."""
+
+    spaced: bool
+    anywhere: dict[int, int]
+    first: dict[int, int]
+    starts: tuple[int, ...]
+
+
+def _members(sequence: Sequence[str], template: Template, tokenizer: Tokenizer, stem: str) -> _Members:
+    """The members to use: with the space as a token of its own or without, whichever gives more start values."""
     at_start = {} if template.words else _largest(_single_tokens(tokenizer, "", sequence))
-    best: tuple[bool, dict[int, int], dict[int, int], tuple[int, ...]] = (False, {}, {}, ())
-    for spaced, tokens in by_space.items():
-        members = {i: tokens[member] for i, member in enumerate(sequence) if member in tokens}
-        first_members = {i: at_start[m] for i, m in enumerate(sequence) if m in at_start and i in members}
-        first_members = members if template.words else first_members
-        runs = (range(start, start + N_MEMBERS + 1) for start in range(len(sequence) - N_MEMBERS))
-        starts = tuple(run[0] for run in runs if run[0] in first_members and all(i in members for i in run))
-        if len(starts) > len(best[3]) or not best[1]:
-            best = (spaced, members, first_members, starts)
-    spaced, members, first_members, starts = best
-    if not starts:
-        listed = ", ".join(sequence[i] for i in members) or "none"
+    found = []
+    for spaced, tokens in _single_tokens(tokenizer, stem, sequence).items():
+        anywhere = {i: tokens[member] for i, member in enumerate(sequence) if member in tokens}
+        first = anywhere if template.words else {i: at_start[sequence[i]] for i in anywhere if sequence[i] in at_start}
+        starts = tuple(i for i in first if all(i + step in anywhere for step in range(N_MEMBERS + 1)))
+        found.append(_Members(spaced, anywhere, first, starts))
+    best = max(found, key=lambda members: (len(members.starts), len(members.anywhere)))
+    if not best.starts:
+        listed = ", ".join(sequence[i] for i in best.anywhere) or "none"
         raise _DoesNotFit(
             f"needs {N_MEMBERS + 1} members in a row that are single tokens where they stand; "
             f"{tokenizer.name} has only: {listed}"
         )
+    return best
+
+
+def _layout(name: str, template: Template, tokenizer: Tokenizer) -> _Layout:
+    sequence = SEQUENCES[name]
+    stem = f"It is {template.verb} in" if template.words else sequence[0]
+    members = _members(sequence, template, tokenizer, stem)
     first_words = _largest(_single_tokens(tokenizer, "", template.words))
-    sentence = f"{stem} {sequence[starts[0]]}."
+    sentence = f"{stem} {sequence[members.starts[0]]}."
     words = _largest(_single_tokens(tokenizer, sentence, template.words))
     if template.words and (not first_words or len(words) < template.n_words):
         fewer = words if len(words) < template.n_words else first_words
@@ -453,12 +465,12 @@ def _layout(name: str, template: Template, tokenizer: Tokenizer) -> _Layout:
         template=template,
         tokenizer=tokenizer,
         sequence=sequence,
-        spaced=spaced,
-        members=members,
-        first_members=first_members,
+        spaced=members.spaced,
+        members=members.anywhere,
+        first_members=members.first,
         words=words,
         first_words=first_words,
-        starts=starts,
+        starts=members.starts,
         frame=(),
         word_positions=(),
         member_positions=(),
