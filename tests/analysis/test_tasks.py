@@ -18,8 +18,9 @@ from subcircuit.analysis.words import FIRST_NAMES, NOUNS
 from subcircuit.engine.errors import TaskError
 from subcircuit.engine.model import HookedTransformer
 from subcircuit.engine.tokenizer import Tokenizer
+from subcircuit.weights.gguf_file import open_gguf
 from subcircuit.weights.names import load
-from subcircuit.weights.tokenizers import gpt2_bpe, sentencepiece
+from subcircuit.weights.tokenizers import from_gguf_metadata, gpt2_bpe, sentencepiece
 
 SHARED_MODELS = Path(__file__).parents[2].parent / "shared" / "models"
 TEMPLATES = ("done", "lost", "born", "bare")
@@ -117,6 +118,14 @@ def smollm2() -> HookedTransformer:
 
 
 @pytest.fixture(scope="module")
+def llama2() -> Tokenizer:
+    path = SHARED_MODELS / "tokenizers" / "ggml-vocab-llama-spm.gguf"
+    if not path.exists():
+        pytest.skip("Llama-2's vocabulary is not in ../shared/models/tokenizers")
+    return from_gguf_metadata(open_gguf(path).metadata)
+
+
+@pytest.fixture(scope="module")
 def stories_tokenizer() -> Tokenizer:
     path = SHARED_MODELS / "stories260K" / "tok512.model"
     if not path.exists():
@@ -178,6 +187,23 @@ def test_smollm2_numerals_end_in_the_space_token_and_use_one_digit(smollm2: Hook
     assert all(prompt.endswith(" in ") for prompt in made.prompts)
     assert {smollm2.tokenizer.decode([int(token)]) for token in made.answer} == set("56789")
     assert {smollm2.tokenizer.decode([int(token)]) for token in made.clean[:, -1]} == {" "}
+
+
+@pytest.mark.parametrize("template", ["all", "bare"])
+@pytest.mark.parametrize(("name", "n_starts"), [("numerals", 5), ("number_words", 8), ("months", 8), ("letters", 22)])
+def test_llama2_gets_as_many_start_values_as_in_the_paper(
+    name: str, n_starts: int, template: str, llama2: Tokenizer
+) -> None:
+    made = task(name, llama2, n=40, template=template)
+    assert_aligned_and_single_token(made, llama2)
+    assert made.template == template
+    assert len(set(made.starts)) == n_starts
+    assert made.clean[:, 0].eq(llama2.bos_id).all()
+
+
+def test_llama2_splits_some_weekdays_and_the_error_names_the_others(llama2: Tokenizer) -> None:
+    with pytest.raises(TaskError, match=r"has only: Monday, Friday, Saturday, Sunday; no template of this task fits"):
+        task("weekdays", llama2)
 
 
 def test_every_listed_word_is_one_gpt2_token_with_and_without_a_space(gpt2: Tokenizer) -> None:
