@@ -1,0 +1,198 @@
+"""The `Circuit` value: which heads and MLPs (and edges) do a task, and how they were found."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from subcircuit.engine.errors import StoreError
+from subcircuit.engine.patching import Component
+
+if TYPE_CHECKING:
+    from subcircuit.analysis.tasks import Task
+    from subcircuit.engine.model import HookedTransformer
+
+SCHEMA_VERSION = 1
+
+Edge = tuple[str, str]
+"""Sender and receiver by name, such as `("a4.h4", "a7.q11")`."""
+
+
+@dataclass(frozen=True)
+class TraceStep:
+    """One decision of a discovery: what the score would be without a node, and whether the node went."""
+
+    sweep: int
+    direction: Literal["backward", "forward"]
+    node: str
+    score_without: float
+    removed: bool
+
+
+@dataclass(frozen=True)
+class Circuit:
+    """A set of nodes, heads `(layer, head)` and MLPs `layer`, sorted and without repetition, and edges between them.
+
+    `score` is 100 · LD(circuit) / LD(full) on the task it was found on. `settings` and `trace` say how it was found.
+    Two circuits are equal when their nodes and edges and their provenance are; compare `nodes` for the nodes alone.
+    """
+
+    heads: list[tuple[int, int]]
+    mlps: list[int]
+    edges: tuple[Edge, ...] = ()
+    model: str = ""
+    task: str = ""
+    method: str = ""
+    score: float | None = None
+    trace: tuple[TraceStep, ...] = ()
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "heads", sorted({(int(layer), int(head)) for layer, head in self.heads}))
+        object.__setattr__(self, "mlps", sorted({int(layer) for layer in self.mlps}))
+
+    @classmethod
+    def of_nodes(cls, nodes: Iterable[Component | str], **provenance: Any) -> Circuit:
+        """A circuit of components or their names (`a5.h1`, `m3`)."""
+        parts = [Component.parse(node) if isinstance(node, str) else node for node in nodes]
+        heads = [(part.layer, part.index) for part in parts if part.kind == "z"]
+        return cls(heads, [part.layer for part in parts if part.kind == "mlp"], **provenance)
+
+    @property
+    def nodes(self) -> list[Component]:
+        """Its components in the order in which the model computes them."""
+        heads = [Component(layer, "z", head) for layer, head in self.heads]
+        nodes = [*heads, *(Component(layer, "mlp") for layer in self.mlps)]
+        return sorted(nodes, key=lambda node: (node.layer, node.stage, node.index))
+
+    def __len__(self) -> int:
+        return len(self.heads) + len(self.mlps)
+
+    def __and__(self, other: Circuit) -> Circuit:
+        """Nodes and edges that both have."""
+        edges = [edge for edge in self.edges if edge in other.edges]
+        return self._combined("&", other, set(self.nodes) & set(other.nodes), edges)
+
+    def __or__(self, other: Circuit) -> Circuit:
+        """Nodes and edges that either has."""
+        return self._combined("|", other, set(self.nodes) | set(other.nodes), {*self.edges, *other.edges})
+
+    def __sub__(self, other: Circuit) -> Circuit:
+        """Nodes that only this circuit has, and its edges between them."""
+        left = set(self.nodes) - set(other.nodes)
+        return self._combined("-", other, left, [edge for edge in self.edges if edge not in other.edges])
+
+    def _combined(self, sign: str, other: Circuit, nodes: set[Component], edges: Iterable[Edge]) -> Circuit:
+        task = f"{self.task} {sign} {other.task}" if self.task and other.task else self.task or other.task
+        return Circuit.of_nodes(
+            nodes,
+            edges=tuple(sorted(edges)),
+            model=self.model if self.model == other.model else "",
+            task=task,
+            method="set operation",
+        )
+
+    def jaccard(self, other: Circuit, nodes: Literal["all", "heads"] = "all") -> float:
+        """Size of the intersection over size of the union, of all nodes or of the heads; 1 for two empty sets."""
+        mine: set[object] = set(self.heads) if nodes == "heads" else set(self.nodes)
+        theirs: set[object] = set(other.heads) if nodes == "heads" else set(other.nodes)
+        return len(mine & theirs) / len(mine | theirs) if mine | theirs else 1.0
+
+    def faithfulness(self, model: HookedTransformer, task: Task, **options: Any) -> float:
+        """What the circuit alone recovers of a task: `subcircuit.analysis.faithfulness.score`."""
+        from subcircuit.analysis.faithfulness import score
+
+        return score(model, task, self, **options)
+
+    def __str__(self) -> str:
+        heads = " ".join(f"{layer}.{head}" for layer, head in self.heads) or "none"
+        mlps = " ".join(map(str, self.mlps)) or "none"
+        found = f", score {self.score:.1f}" if self.score is not None else ""
+        return f"{len(self.heads)} heads ({heads}), {len(self.mlps)} MLPs ({mlps}){found}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {
+            "schema": SCHEMA_VERSION,
+            "model": self.model,
+            "task": self.task,
+            "method": self.method,
+            "score": self.score,
+            "heads": [list(head) for head in self.heads],
+            "mlps": self.mlps,
+            "edges": [list(edge) for edge in self.edges],
+            "settings": self.settings,
+            "trace": [vars(step) for step in self.trace],
+        }
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Circuit:
+        """Raises StoreError for values that are not a circuit's, or of a later schema."""
+        if not isinstance(values, dict) or values.get("schema") != SCHEMA_VERSION:
+            found = values.get("schema") if isinstance(values, dict) else type(values).__name__
+            raise StoreError(f"not a circuit of schema {SCHEMA_VERSION}: found {found!r}")
+        try:
+            return cls(
+                heads=[(layer, head) for layer, head in values["heads"]],
+                mlps=values["mlps"],
+                edges=tuple((sender, receiver) for sender, receiver in values["edges"]),
+                trace=tuple(TraceStep(**step) for step in values["trace"]),
+                **{name: values[name] for name in ("model", "task", "method", "score", "settings")},
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise StoreError(f"circuit has a missing or malformed field: {error}") from error
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> Circuit:
+        """Raises StoreError for text that is not a circuit's JSON."""
+        try:
+            values = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise StoreError(f"circuit is not JSON: {error}") from error
+        return cls.from_dict(values)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the circuit as JSON."""
+        Path(path).write_text(self.to_json() + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Circuit:
+        """Raises StoreError that names the file when it cannot be read as a circuit."""
+        try:
+            return cls.from_json(Path(path).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, StoreError) as error:
+            raise StoreError(f"{os.fspath(path)}: {error}") from error
+
+    def to_dot(self) -> str:
+        """The circuit as a Graphviz graph: nodes by layer, edges where it has them."""
+        lines = ["digraph circuit {", "  rankdir=BT;"]
+        for layer in sorted({node.layer for node in self.nodes}):
+            names = " ".join(f'"{node}";' for node in self.nodes if node.layer == layer)
+            lines.append(f"  {{ rank=same; {names} }}")
+        lines += [f'  "{sender}" -> "{receiver}";' for sender, receiver in self.edges]
+        return "\n".join([*lines, "}"]) + "\n"
+
+
+def intersection(circuits: Sequence[Circuit]) -> Circuit:
+    """What all circuits share. The task names them all."""
+    return _reduced(circuits, set.intersection, " & ")
+
+
+def union(circuits: Sequence[Circuit]) -> Circuit:
+    """What any of the circuits has."""
+    return _reduced(circuits, set.union, " | ")
+
+
+def _reduced(circuits: Sequence[Circuit], operation: Any, sign: str) -> Circuit:
+    nodes = operation(*(set(circuit.nodes) for circuit in circuits))
+    edges = operation(*(set(circuit.edges) for circuit in circuits))
+    combined = Circuit.of_nodes(nodes, edges=tuple(sorted(edges)), method="set operation")
+    models = {circuit.model for circuit in circuits}
+    return replace(combined, model=models.pop() if len(models) == 1 else "", task=sign.join(c.task for c in circuits))

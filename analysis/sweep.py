@@ -1,0 +1,181 @@
+"""Sweeps: the effect of every component of a model on every prompt of a task."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from subcircuit.analysis.tasks import Task
+from subcircuit.engine.config import ModelConfig
+from subcircuit.engine.errors import PatchError
+from subcircuit.engine.model import HookedTransformer
+from subcircuit.engine.patching import Component, Site, Source, patch_effects
+from subcircuit.engine.patching.session import DEFAULT_BUDGET_BYTES, Executor, Precision
+from subcircuit.engine.patching.sites import Kind
+
+FAMILIES: dict[str, Kind] = {
+    "heads": "z",
+    "mlps": "mlp",
+    "queries": "q",
+    "keys": "k",
+    "values": "v",
+    "groups": "group",
+    "neurons": "neuron",
+    "residual": "resid",
+}
+"""What `components` may name: all of a kind, several joined by `+`."""
+
+Components = str | Sequence[str | Component | Site]
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Effects of a sweep, per site and prompt, never only their mean.
+
+    `effects` is the change that patching a site makes to a prompt's logit(answer) − logit(wrong) at the last position;
+    `clean_metric` is that logit difference without a patch. `settings` says by which method, source, executor and
+    precision they were obtained.
+    """
+
+    sites: tuple[Site, ...]
+    effects: Float[Tensor, "site prompt"]
+    clean_metric: Float[Tensor, "prompt"]
+    config: ModelConfig
+    settings: dict[str, Any]
+
+    @property
+    def mean(self) -> Float[Tensor, "site"]:
+        """Mean effect of each site over prompts."""
+        return self.effects.mean(1)
+
+    @property
+    def share(self) -> Float[Tensor, "site"]:
+        """Mean effect of each site as a share of the mean clean logit difference; −1 takes all of it away."""
+        return self.mean / self.clean_metric.mean()
+
+    def heads(self) -> Float[Tensor, "layer head"]:
+        """Mean effect of each head; NaN where the sweep did not patch it at all positions."""
+        return self.grid("z", self.config.n_heads)
+
+    def mlps(self) -> Float[Tensor, "layer"]:
+        """Mean effect of each MLP; NaN where the sweep did not patch it at all positions."""
+        return self.grid("mlp", 1)[:, 0]
+
+    def grid(self, kind: Kind, width: int) -> Float[Tensor, "layer index"]:
+        """Mean effect of a kind of component by layer and index, over the sites without position."""
+        grid = torch.full((self.config.n_layers, width), float("nan"), dtype=self.effects.dtype)
+        for site, effect in zip(self.sites, self.mean.tolist(), strict=True):
+            if site.component.kind == kind and site.positions is None:
+                grid[site.component.layer, site.component.index] = effect
+        return grid
+
+    def of(self, site: str | Component | Site) -> Float[Tensor, "prompt"]:
+        """Effects of one site. Raises PatchError when the sweep has no such site."""
+        wanted = Site.of(site)
+        if wanted not in self.sites:
+            raise PatchError(f"site '{wanted}' is not in this sweep of {len(self.sites)} sites")
+        return self.effects[self.sites.index(wanted)]
+
+    def top(self, k: int = 10) -> list[tuple[Site, float]]:
+        """The k sites with the largest mean effects by size, each with its mean effect."""
+        order = self.mean.abs().argsort(descending=True)[:k]
+        return [(self.sites[int(i)], float(self.mean[i])) for i in order]
+
+    def table(self) -> list[dict[str, Any]]:
+        """A row per site: name, layer, index, mean effect, share of the clean logit difference, standard error."""
+        errors = self.effects.std(1) / self.effects.shape[1] ** 0.5 if self.effects.shape[1] > 1 else self.mean * 0
+        return [
+            {
+                "site": str(site),
+                "layer": site.component.layer,
+                "kind": site.component.kind,
+                "index": site.component.index,
+                "effect": float(effect),
+                "share": float(share),
+                "standard_error": float(error),
+            }
+            for site, effect, share, error in zip(self.sites, self.mean, self.share, errors, strict=True)
+        ]
+
+
+def sites_of(
+    config: ModelConfig, components: Components, positions: str | Iterable[int] | None = None, n_pos: int = 0
+) -> tuple[Site, ...]:
+    """Sites of a sweep: named families of components (`heads+mlps`) or single ones, at all positions (None), at given ones
+    together, or (`"each"`) at each of the prompts' `n_pos` positions separately.
+
+    Raises PatchError for a family or component that does not exist.
+    """
+    sites = _family_sites(config, components) if isinstance(components, str) else [Site.of(part) for part in components]
+    for site in sites:
+        site.component.check(config)
+    if positions is None:
+        return tuple(sites)
+    if isinstance(positions, str):
+        if positions != "each":
+            raise PatchError(f"positions {positions!r} is not understood; expected 'each', a list of positions or None")
+        return tuple(Site(site.component, (position,)) for site in sites for position in range(n_pos))
+    chosen = tuple(positions)
+    return tuple(Site(site.component, chosen) for site in sites)
+
+
+def _family_sites(config: ModelConfig, families: str) -> list[Site]:
+    sites = []
+    for family in families.split("+"):
+        if family not in FAMILIES:
+            if not any(letter.isdigit() for letter in family):
+                raise PatchError(f"components {family!r} is not known; expected one of {', '.join(FAMILIES)}, joined by '+'")
+            sites.append(Site.of(family))
+            continue
+        kind = FAMILIES[family]
+        n = config.kv_heads if kind == "group" else Component(0, kind).axis_size(config)
+        sites += [Site(Component(layer, kind, i)) for layer in range(config.n_layers) for i in range(n)]
+    return sites
+
+
+def sweep(
+    model: HookedTransformer,
+    task: Task,
+    components: Components = "heads",
+    *,
+    source: Source = "corrupted",
+    positions: str | Iterable[int] | None = None,
+    executor: Executor = "torch",
+    precision: Precision = "fp32",
+    budget_bytes: int = DEFAULT_BUDGET_BYTES,
+    progress: Callable[[int, int], None] | None = None,
+) -> Scores:
+    """Patch every component in turn, each on every prompt of the task, and measure what it changes.
+
+    `components` is a family (`heads`, `mlps`, `queries`, `keys`, `values`, `groups`, `neurons`, `residual`), several joined by
+    `+`, or a list of names (`a5.h1`) and sites. `source` is what is put there: the corrupted prompt's value, the per-position
+    mean over the corrupted prompts, zero, or tensors by hook name. `positions` as in `sites_of`.
+
+    Raises PatchError for what does not exist or is not aligned.
+    """
+    sites = sites_of(model.config, components, positions, task.clean.shape[1])
+    result = patch_effects(
+        model,
+        task,
+        sites,
+        source=source,
+        executor=executor,
+        precision=precision,
+        budget_bytes=budget_bytes,
+        progress=progress,
+    )
+    settings = {
+        "method": "exact patching",
+        "source": source if isinstance(source, str) else "tensors",
+        "executor": executor,
+        "precision": precision,
+        "task": task.name,
+        "model": model.config.name,
+        "n_prompts": len(task.clean),
+    }
+    return Scores(sites, result.effects.cpu(), result.clean_metric.cpu(), model.config, settings)
