@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import struct
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -292,3 +293,50 @@ def _llama_cpp_rope_factors(config: Any, d_head: int) -> Any:
             smooth /= rope["high_freq_factor"] - rope["low_freq_factor"]
             factors.append(1 / ((1 - smooth) / rope["factor"] + smooth))
     return np.array(factors, dtype=np.float32)
+
+
+def write_llama2c(file: Path, model: Any) -> None:
+    """Write a `transformers` Llama as `legacy_export` of llama2.c's export.py does."""
+    config, state = model.config, model.state_dict()
+    layers = range(config.num_hidden_layers)
+
+    def stack(name: str, n_heads: int = 0) -> list[Tensor]:
+        weights = [state[f"model.layers.{layer}.{name}.weight"] for layer in layers]
+        return [_llama2c_permute(weight, n_heads) for weight in weights] if n_heads else weights
+
+    angles = torch.zeros(config.max_position_embeddings, config.head_dim // 2)
+    tensors = [
+        state["model.embed_tokens.weight"],
+        *stack("input_layernorm"),
+        *stack("self_attn.q_proj", config.num_attention_heads),
+        *stack("self_attn.k_proj", config.num_key_value_heads),
+        *stack("self_attn.v_proj"),
+        *stack("self_attn.o_proj"),
+        *stack("post_attention_layernorm"),
+        *stack("mlp.gate_proj"),
+        *stack("mlp.down_proj"),
+        *stack("mlp.up_proj"),
+        state["model.norm.weight"],
+        angles,
+        angles,
+    ]
+    tied = config.tie_word_embeddings
+    if not tied:
+        tensors.append(state["lm_head.weight"])
+    header = struct.pack(
+        "<7i",
+        config.hidden_size,
+        config.intermediate_size,
+        config.num_hidden_layers,
+        config.num_attention_heads,
+        config.num_key_value_heads,
+        config.vocab_size if tied else -config.vocab_size,
+        config.max_position_embeddings,
+    )
+    file.write_bytes(header + b"".join(tensor.numpy().tobytes() for tensor in tensors))
+
+
+def _llama2c_permute(weight: Tensor, n_heads: int) -> Tensor:
+    """`permute_original` of llama2.c's export.py: rotate-half rows to the neighbouring rows of Meta's checkpoints."""
+    d_out, d_in = weight.shape
+    return weight.view(n_heads, 2, d_out // n_heads // 2, d_in).transpose(1, 2).reshape(d_out, d_in)

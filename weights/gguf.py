@@ -219,5 +219,7 @@ def _dequantized(data: np.ndarray[Any, np.dtype[np.uint8]], tensor: GGUFTensor, 
     flat = out.view(n_rows, d_row)
     step = max(1, CHUNK_ELEMENTS // d_row)
     for start in range(0, n_rows, step):
-        flat[start : start + step] = torch.from_numpy(dequantize(rows[start : start + step], tensor.kind))
+        # What overflows is found with every other value that is not finite.
+        with np.errstate(all="ignore"):
+            flat[start : start + step] = torch.from_numpy(dequantize(rows[start : start + step], tensor.kind))
     return out

@@ -52,7 +52,8 @@ def read_huggingface(
     stored = _strip_prefix(_open_tensors(directory), family.table)
     if config.tied_unembed:
         _drop_tied_unembedding(stored, values)
-    tensors = load_tensors(family.table, config, stored, directory, parse_dtype(dtype), torch.device(device))
+    where = directory / (SINGLE_FILE if (directory / SINGLE_FILE).is_file() else INDEX_FILE)
+    tensors = load_tensors(family.table, config, stored, where, parse_dtype(dtype), torch.device(device))
     return Checkpoint(config, tensors, read_tokenizer(directory), str(directory))
 
 
