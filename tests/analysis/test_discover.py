@@ -1,0 +1,149 @@
+"""Iterative pruning against a plain sequential loop of hooked forwards."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+from patching_cases import CONFIGS, random_model, random_prompts
+from subcircuit.analysis.circuit import Circuit
+from subcircuit.analysis.discover import discover
+from subcircuit.analysis.faithfulness import Ablation, node_drops, random_circuits, score
+from subcircuit.analysis.tasks import task_from_tokens
+from subcircuit.engine.errors import PatchError, TaskError
+
+SEED = random.randrange(10**6)
+
+
+def sequential_pruning(model, task, threshold, first="backward", max_sweeps=None):
+    """The paper's rule as plainly as it can be said: one hooked forward per candidate."""
+    config = model.config
+    names = [f"blocks.{layer}.{name}" for layer in range(config.n_layers) for name in ("attn.hook_z", "hook_mlp_out")]
+    cache = model.run_with_cache(task.corrupted, names)[1]
+    means = {name: cache[name].mean(0, keepdim=True) for name in names}
+    rows = torch.arange(len(task.clean))
+
+    def metric(removed):
+        def hook(value, name):
+            layer = int(name.split(".")[1])
+            value = value.clone()
+            if name.endswith("mlp_out"):
+                return means[name].expand_as(value) if (layer, "mlp") in removed else value
+            for head in range(config.n_heads):
+                if (layer, head) in removed:
+                    value[:, :, head] = means[name][:, :, head]
+            return value
+
+        logits = model.run_with_hooks(task.clean, [(name, hook) for name in names])[:, -1]
+        return float((logits[rows, task.answer] - logits[rows, task.wrong]).mean())
+
+    full, removed, trace, direction, sweep = metric(set()), set(), [], first, 0
+    while max_sweeps is None or sweep < max_sweeps:
+        sweep += 1
+        layers = range(config.n_layers)
+        order = []
+        for layer in reversed(layers) if direction == "backward" else layers:
+            heads = [(layer, head) for head in range(config.n_heads)]
+            order += [(layer, "mlp"), *heads] if direction == "backward" else [*heads, (layer, "mlp")]
+        changed = False
+        for node in order:
+            if node in removed:
+                continue
+            without = 100 * metric(removed | {node}) / full
+            gone = 100 - without < threshold
+            name = f"m{node[0]}" if node[1] == "mlp" else f"a{node[0]}.h{node[1]}"
+            trace.append((sweep, direction, name, without, gone))
+            if gone:
+                removed.add(node)
+                changed = True
+        if not changed:
+            break
+        direction = "forward" if direction == "backward" else "backward"
+    return removed, 100 * metric(removed) / full, trace
+
+
+def task_for(model, seed):
+    """A task that only the components can do: one last token for all prompts, answers that set the prompts apart."""
+    for attempt in range(50):
+        prompts = random_prompts(seed + attempt, n_prompts=6)
+        clean, corrupted = prompts.clean.clone(), prompts.corrupted.clone()
+        clean[:, -1] = corrupted[:, -1] = 1
+        logits = model(clean)[:, -1]
+        lead = logits - logits.mean(0)
+        task = task_from_tokens(clean=clean, corrupted=corrupted, answer=lead.argmax(-1), wrong=lead.argmin(-1))
+        rows = torch.arange(6)
+        if (logits[rows, task.answer] - logits[rows, task.wrong]).mean() < 1:
+            continue
+        if Ablation(model, task).score_of(set()) < 50:
+            return task
+    raise AssertionError(f"no task for seed {seed}")
+
+
+@pytest.fixture(params=CONFIGS)
+def case(request):
+    print(f"seed {SEED}")
+    model = random_model(CONFIGS[request.param], SEED)
+    return model, task_for(model, SEED + 1)
+
+
+@pytest.mark.parametrize("first", ["backward", "forward"])
+@pytest.mark.parametrize("at_once", [1, 3, None])
+def test_pruning_takes_the_decisions_of_the_sequential_rule(case, first, at_once):
+    model, task = case
+    circuit = discover(model, task, threshold=30, first=first, precision="fp64", candidates_per_batch=at_once)
+    removed, final_score, trace = sequential_pruning(model.double(), task, 30, first)
+    assert [(step.sweep, step.direction, step.node, step.removed) for step in circuit.trace] == [
+        (sweep, direction, node, gone) for sweep, direction, node, _, gone in trace
+    ]
+    torch.testing.assert_close(
+        torch.tensor([step.score_without for step in circuit.trace]), torch.tensor([step[3] for step in trace])
+    )
+    assert removed
+    assert circuit.nodes
+    assert not removed & ({*circuit.heads} | {(layer, "mlp") for layer in circuit.mlps})
+    assert len(removed) + len(circuit) == model.config.n_layers * (model.config.n_heads + 1)
+    assert circuit.score == pytest.approx(final_score)
+    assert score(model, task, circuit, precision="fp64") == pytest.approx(final_score)
+
+
+def test_the_reference_executor_finds_the_same_circuit(case):
+    model, task = case
+    fast = discover(model, task, threshold=30, max_sweeps=1)
+    slow = discover(model, task, threshold=30, max_sweeps=1, executor="reference", precision="fp64")
+    assert (fast.heads, fast.mlps) == (slow.heads, slow.mlps)
+
+
+def test_scores_drops_and_random_baselines_are_consistent(case):
+    model, task = case
+    circuit = Circuit(heads=[(0, 1), (1, 2), (2, 3)], mlps=[0, 2])
+    circuit = replace(circuit, score=score(model, task, circuit, precision="fp64"))
+    ablation = Ablation(model, task, precision="fp64")
+    everything = Circuit(
+        heads=[(layer, head) for layer in range(3) for head in range(4)],
+        mlps=[0, 1, 2],
+    )
+    assert ablation.score_of(set(everything.nodes)) == pytest.approx(100)
+    drops = node_drops(ablation, circuit)
+    assert list(drops) == [str(node) for node in circuit.nodes]
+    for node in circuit.nodes:
+        without = ablation.score_of(set(circuit.nodes) - {node})
+        assert drops[str(node)] == pytest.approx(circuit.score - without)
+    scores = random_circuits(ablation, circuit, 20, seed=3)
+    assert scores == random_circuits(ablation, circuit, 20, seed=3)
+    assert len(set(scores)) > 1
+    same_layers = random_circuits(ablation, circuit, 3, seed=3, match="layers")
+    assert len(same_layers) == 3
+
+
+def test_what_cannot_be_pruned_is_refused(case):
+    model, task = case
+    with pytest.raises(PatchError, match="method 'magic' is not known"):
+        discover(model, task, method="magic")
+    with pytest.raises(PatchError, match="threshold 0"):
+        discover(model, task, threshold=0)
+    with pytest.raises(TaskError, match="does not prefer the answers"):
+        discover(model, replace(task, answer=task.wrong, wrong=task.answer))
+    with pytest.raises(PatchError, match="'a7.h0' does not exist"):
+        score(model, task, Circuit(heads=[(7, 0)], mlps=[]))

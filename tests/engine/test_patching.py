@@ -1,0 +1,195 @@
+"""The delta form against full forwards with hooks, on fresh random models."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+from patching_cases import CONFIGS, random_model, random_prompts, relative_error
+from subcircuit.engine.errors import PatchError
+from subcircuit.engine.patching import Component, DeltaSession, Patch, Site, patch_effects
+from subcircuit.engine.patching.sites import as_patch_set
+
+SEED = random.randrange(10**6)
+TOLERANCE = {"fp64": 1e-12, "fp32": 1e-5, "bf16": 1e-2}
+
+
+def components_of(config):
+    """Every component of every kind but neurons, of which some."""
+    names = [f"r{layer}" for layer in range(config.n_layers)]
+    for layer in range(config.n_layers):
+        names += [f"a{layer}.h{head}" for head in range(config.n_heads)]
+        names += [f"a{layer}.q{head}" for head in range(config.n_heads)]
+        names += [f"a{layer}.{kind}{head}" for kind in "kvg" for head in range(config.kv_heads)]
+        names += [f"m{layer}", f"m{layer}.n0", f"m{layer}.n{config.d_mlp - 1}"]
+    return names
+
+
+def at(name, *positions):
+    return Site(Component.parse(name), positions)
+
+
+@pytest.fixture(params=CONFIGS)
+def case(request):
+    print(f"seed {SEED}")
+    return random_model(CONFIGS[request.param], SEED), random_prompts(SEED + 1)
+
+
+@pytest.mark.parametrize("source", ["corrupted", "mean", "zero"])
+@pytest.mark.parametrize("precision", ["fp64", "fp32", "bf16"])
+def test_effects_of_every_component_equal_full_forwards(case, source, precision):
+    model, prompts = case
+    # Zeroing a whole residual stream leaves the next norm nothing but rounding noise to scale up.
+    sites = [name for name in components_of(model.config) if not (source == "zero" and name.startswith("r"))]
+    reference = patch_effects(model, prompts, sites, source=source, executor="reference", precision="fp64")
+    result = patch_effects(model, prompts, sites, source=source, precision=precision)
+    assert relative_error(result.effects, reference.effects) < TOLERANCE[precision]
+    assert relative_error(result.clean_metric, reference.clean_metric) < 1e-5
+
+
+def test_bf16_products_are_far_more_accurate_than_a_bf16_model(case):
+    model, prompts = case
+    sites = [f"a{layer}.h{head}" for layer in range(3) for head in range(4)]
+    reference = patch_effects(model, prompts, sites, executor="reference", precision="fp64").effects
+    ordinary = patch_effects(model, prompts, sites, executor="reference", precision="bf16").effects
+    delta = patch_effects(model, prompts, sites, precision="bf16").effects
+    assert relative_error(delta, reference) < relative_error(ordinary, reference) / 3
+
+
+def test_effects_at_single_and_several_positions_equal_full_forwards(case):
+    model, prompts = case
+    sites = [at(name, *where) for name in components_of(model.config) for where in [(-1,), (0,), (4, 6)]]
+    reference = patch_effects(model, prompts, sites, source="mean", executor="reference", precision="fp64")
+    result = patch_effects(model, prompts, sites, source="mean", precision="fp64")
+    assert relative_error(result.effects, reference.effects) < 1e-12
+
+
+def test_rows_with_several_patches_and_sources_equal_full_forwards(case):
+    model, prompts = case
+    sets = [
+        ("a0.h1", "m1", "a2.h3"),
+        ("a0.h1", "a0.h2", "m2"),
+        ("a1.q1", "a1.h1", "r1"),
+        ("a1.k0", "a1.v1", at("a1.h0", -1)),
+        (Patch(Site.of("a0.h1"), "zero"), Patch(Site.of("a1.h1"), "mean"), "m2"),
+        (Patch(Site.of("a0.h1"), "zero"), Patch(Site.of("a0.g0"), "mean"), Patch(at("a0.h1", 5), "corrupted")),
+        tuple(components_of(model.config)),
+        (),
+    ]
+    reference = patch_effects(model, prompts, sets, executor="reference", precision="fp64")
+    result = patch_effects(model, prompts, sets, precision="fp64")
+    assert relative_error(result.effects, reference.effects) < 1e-12
+    assert (result.effects[-1] == 0).all()
+
+
+def test_a_source_of_tensors_equals_full_forwards(case):
+    model, prompts = case
+    other = torch.randint(0, 50, (1, 9))
+    cache = model.double().run_with_cache(other, ["*.hook_z", "*.hook_mlp_out", "*.hook_k"])[1]
+    sites = ["a0.h3", "a2.h0", "m1", "a1.k1", "a1.g1"]
+    reference = patch_effects(model, prompts, sites, source=cache, executor="reference", precision="fp64")
+    result = patch_effects(model, prompts, sites, source=cache, precision="fp64")
+    assert relative_error(result.effects, reference.effects) < 1e-12
+
+
+def test_chunks_of_prompts_and_rows_change_nothing(case):
+    model, prompts = case
+    sites = components_of(model.config)
+    for source in ("corrupted", "mean"):
+        whole = patch_effects(model, prompts, sites, source=source, precision="fp64")
+        # Too small for two prompts at once, and for more than a few rows.
+        pieces = patch_effects(model, prompts, sites, source=source, precision="fp64", budget_bytes=60_000)
+        assert relative_error(pieces.effects, whole.effects) < 1e-12
+        assert relative_error(pieces.clean_metric, whole.clean_metric) < 1e-12
+
+
+@pytest.mark.parametrize("source", ["corrupted", "mean"])
+def test_a_base_that_changes_from_call_to_call_equals_full_forwards(case, source):
+    model, prompts = case
+    session = DeltaSession(model, prompts, source=source, precision="fp64")
+    parts = as_patch_set(["a0.h3", "m0", "a1.h0", "a2.h2", "m2"])
+    extras = [*(as_patch_set(name) for name in components_of(model.config)), as_patch_set(["m1", "a2.h1"]), ()]
+    for base in (parts, parts[:2], parts[:4], (), parts[1:]):
+        whole = [(*base, *extra) for extra in extras]
+        reference = patch_effects(model, prompts, whole, source=source, executor="reference", precision="fp64")
+        assert relative_error(session.effects(extras, base=base).effects, reference.effects) < 1e-12
+
+
+def test_one_prompt_one_position_and_one_layer_work():
+    model = random_model(replace(CONFIGS["llama-gqa"], n_layers=1), SEED)
+    for n_prompts, n_pos in ((1, 9), (3, 1), (1, 1)):
+        prompts = random_prompts(SEED, n_prompts, 9)
+        prompts = replace(prompts, clean=prompts.clean[:, :n_pos], corrupted=prompts.clean[:, :n_pos].flip(0) * 0 + 1)
+        sites = ["a0.h0", "a0.k1", "m0", "r0"]
+        reference = patch_effects(model, prompts, sites, executor="reference", precision="fp64")
+        result = patch_effects(model, prompts, sites, precision="fp64")
+        torch.testing.assert_close(result.effects, reference.effects, rtol=1e-10, atol=1e-12)
+
+
+def test_positions_before_the_first_difference_are_not_computed(case, monkeypatch):
+    from subcircuit.engine.patching import delta
+
+    model, prompts = case
+    seen = []
+    original = delta.norm_delta
+
+    def spy(clean, clean_normed, change, *rest):
+        seen.append(change.shape[2])
+        return original(clean, clean_normed, change, *rest)
+
+    monkeypatch.setattr(delta, "norm_delta", spy)
+    patch_effects(model, prompts, ["a0.h0"])
+    assert max(seen) == 9 - 3
+    assert seen[-1] == 1  # the last layer's MLP: only the position that is read
+
+
+def test_progress_counts_every_row(case):
+    model, prompts = case
+    calls = []
+    patch_effects(model, prompts, components_of(model.config), progress=lambda *call: calls.append(call))
+    assert calls[-1] == (len(components_of(model.config)) * 5,) * 2
+    assert [done for done, _ in calls] == sorted(done for done, _ in calls)
+
+
+@pytest.mark.parametrize("name", ["a5.h1", "m3", "a5.q1", "a5.k0", "a5.v0", "a5.g0", "m3.n17", "r4"])
+def test_component_names_read_back(name):
+    assert str(Component.parse(name)) == name
+
+
+@pytest.mark.parametrize(
+    ("sites", "words"),
+    [
+        (["a99.h0"], "'a99.h0' does not exist: the model has layers 0 to 2"),
+        (["a0.h9"], "'a0.h9' does not exist: layer 0 has heads 0 to 3"),
+        (["m1.n999"], "neurons 0 to"),
+        (["head 3"], "'head 3' is not understood"),
+        ([at("a0.h0", 9)], "position 9 of 'a0.h0' is outside prompts of 9 tokens"),
+    ],
+)
+@pytest.mark.parametrize("executor", ["torch", "reference"])
+def test_a_site_that_does_not_exist_is_named(case, sites, words, executor):
+    model, prompts = case
+    with pytest.raises(PatchError, match=words) as caught:
+        patch_effects(model, prompts, sites, executor=executor)
+    assert "\n" not in str(caught.value)
+
+
+def test_bad_options_and_unaligned_prompts_are_named(case):
+    model, prompts = case
+    with pytest.raises(PatchError, match="source 'median' is not known"):
+        patch_effects(model, prompts, ["a0.h0"], source="median")
+    with pytest.raises(PatchError, match="executor 'cuda' is not known"):
+        patch_effects(model, prompts, ["a0.h0"], executor="cuda")
+    with pytest.raises(PatchError, match="precision 'fp8' is not known"):
+        patch_effects(model, prompts, ["a0.h0"], precision="fp8")
+    with pytest.raises(PatchError, match="must be aligned"):
+        patch_effects(model, replace(prompts, corrupted=prompts.corrupted[:, :-1]), ["a0.h0"])
+    with pytest.raises(PatchError, match="needs corrupted prompts"):
+        patch_effects(model, replace(prompts, corrupted=None), ["a0.h0"])
+    with pytest.raises(PatchError, match=r"no value for 'blocks.0.attn.hook_z'"):
+        patch_effects(model, prompts, ["a0.h0"], source={})
+    with pytest.raises(PatchError, match="longer than the model's context"):
+        long = random_prompts(SEED, n_pos=40)
+        patch_effects(model, long, ["a0.h0"])
