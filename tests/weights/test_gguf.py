@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from gguf import GGUFReader
+from gguf import GGUFReader, GGUFWriter
 
 from oracles import (
     LLAMA3_SCALING,
@@ -135,15 +135,32 @@ def test_a_file_of_vocabulary_only_is_refused() -> None:
         read_gguf(file)
 
 
-def test_metadata_equals_what_the_gguf_package_reads() -> None:
-    file = shared_models() / "tokenizers/ggml-vocab-llama-spm.gguf"
-    ours = open_gguf(file).metadata
+def test_metadata_equals_what_the_gguf_package_reads(tmp_path: Path) -> None:
+    file = tmp_path / "metadata.gguf"
+    writer = GGUFWriter(file, "llama")
+    for bits, number in ((8, 200), (16, 60_000), (32, 4_000_000_000), (64, 2**63)):
+        getattr(writer, f"add_uint{bits}")(f"unsigned.{bits}", number)
+        getattr(writer, f"add_int{bits}")(f"signed.{bits}", -(number // 2))
+    writer.add_float32("float.32", 1e-5)
+    writer.add_float64("float.64", 0.1)
+    writer.add_bool("flag", True)
+    writer.add_string("text", "▁ and \n")
+    writer.add_array("numbers", [3, -4, 5])
+    writer.add_array("fractions", [0.25, -1e-3])
+    writer.add_array("flags", [True, False])
+    writer.add_array("texts", ["a", "", "ä\n"])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
     fields = GGUFReader(file).fields
     theirs = {name: field.contents() for name, field in fields.items() if not name.startswith("GGUF.")}
+    ours = open_gguf(file).metadata
     assert ours.keys() == theirs.keys()
+    assert len(ours) == 17
     for name, value in theirs.items():
-        numbers = isinstance(value, float) or (isinstance(value, list) and isinstance(value[0], float))
-        assert ours[name] == (pytest.approx(value, rel=1e-6) if numbers else value), name
+        assert ours[name] == (pytest.approx(value, rel=1e-6) if name in ("float.32", "fractions") else value), name
+    assert ours["float.32"] == 1e-5, "the shortest decimal of the float32"
 
 
 def test_smollm2_gives_the_logits_of_transformers() -> None:
