@@ -20,7 +20,7 @@ lint: $(VENV)/installed
 	$(BIN)/mypy -p subcircuit
 
 bench: $(VENV)/installed
-	for file in benchmarks/bench_*.py; do echo "== $$file"; $(BIN)/python "$$file" || exit 1; done
+	for file in benchmarks/[!_]*.py; do echo "== $$file"; $(BIN)/python "$$file" || exit 1; done
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info
