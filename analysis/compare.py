@@ -15,7 +15,9 @@ from subcircuit.analysis.faithfulness import Ablation
 __all__ = ["cross_task_scores", "intersection", "jaccard_matrix", "union"]
 
 
-def jaccard_matrix(circuits: Sequence[Circuit], nodes: Literal["all", "heads"] = "all") -> Float[Tensor, "circuit circuit"]:
+def jaccard_matrix(
+    circuits: Sequence[Circuit], nodes: Literal["all", "heads"] = "all"
+) -> Float[Tensor, "circuit circuit"]:
     """Jaccard index of every pair of circuits, over all nodes or over the heads."""
     return torch.tensor([[a.jaccard(b, nodes) for b in circuits] for a in circuits])
 

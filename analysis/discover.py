@@ -38,13 +38,14 @@ def discover(
 ) -> Circuit:
     """The circuit with which a model does a task, found by iterative node pruning (Lan et al., arXiv 2311.04131).
 
-    Start from every head and MLP. A backward sweep goes from the last layer down, in each layer the MLP and then the heads; a
-    forward sweep from the first layer up, the heads and then the MLP. A candidate is removed for good if the score of
-    what is left without it stays above 100 − `threshold`. Sweeps alternate until one changes nothing, or `max_sweeps`
-    is reached.
+    Start from every head and MLP. A backward sweep goes from the last layer down, in each layer the MLP and then the
+    heads; a forward sweep from the first layer up, the heads and then the MLP. A candidate is removed for good if the
+    score of what is left without it stays above 100 − `threshold`. Sweeps alternate until one changes nothing, or
+    `max_sweeps` is reached.
 
     Candidates are evaluated several at a time under a guess of how the ones before them end; a decision is taken only
-    when all those guesses were right, so every decision is the one that the sequential rule takes. `progress` is called with (candidates decided in this sweep, candidates of this sweep).
+    when all those guesses were right, so every decision is the one that the sequential rule takes. `progress` is
+    called with (candidates decided in this sweep, candidates of this sweep).
 
     Raises PatchError for an unknown method or option, TaskError when the model does not do the task.
     """

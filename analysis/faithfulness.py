@@ -28,8 +28,8 @@ class Ablation:
     """Scores of keep-sets on one task: everything outside a keep-set is replaced, at all positions, by its source.
 
     A score is 100 · LD(ablated) / LD(full), LD being the mean logit difference over prompts; the default source is the
-    per-position mean over the corrupted prompts, measured in the unablated model (Lan et al., arXiv 2311.04131). The clean
-    run is shared by all calls, and what is removed for every row is propagated once.
+    per-position mean over the corrupted prompts, measured in the unablated model (Lan et al., arXiv 2311.04131). The
+    clean run is shared by all calls, and what is removed for every row is propagated once.
 
     Raises TaskError when the full model does not prefer the answers, so that there is nothing to recover.
     """
@@ -45,7 +45,11 @@ class Ablation:
         budget_bytes: int = DEFAULT_BUDGET_BYTES,
     ) -> None:
         self.model, self.task = model, task
-        self.settings = {"source": source if isinstance(source, str) else "tensors", "executor": executor, "precision": precision}
+        self.settings = {
+            "source": source if isinstance(source, str) else "tensors",
+            "executor": executor,
+            "precision": precision,
+        }
         self._source, self._executor, self._precision = source, executor, precision
         self._session: DeltaSession | None = None
         if executor == "torch":

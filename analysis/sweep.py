@@ -106,8 +106,8 @@ class Scores:
 def sites_of(
     config: ModelConfig, components: Components, positions: str | Iterable[int] | None = None, n_pos: int = 0
 ) -> tuple[Site, ...]:
-    """Sites of a sweep: named families of components (`heads+mlps`) or single ones, at all positions (None), at given ones
-    together, or (`"each"`) at each of the prompts' `n_pos` positions separately.
+    """Sites of a sweep: named families of components (`heads+mlps`) or single ones, at all positions (None), at given
+    ones together, or (`"each"`) at each of the prompts' `n_pos` positions separately.
 
     Raises PatchError for a family or component that does not exist.
     """
@@ -129,7 +129,9 @@ def _family_sites(config: ModelConfig, families: str) -> list[Site]:
     for family in families.split("+"):
         if family not in FAMILIES:
             if not any(letter.isdigit() for letter in family):
-                raise PatchError(f"components {family!r} is not known; expected one of {', '.join(FAMILIES)}, joined by '+'")
+                raise PatchError(
+                    f"components {family!r} is not known; expected one of {', '.join(FAMILIES)}, joined by '+'"
+                )
             sites.append(Site.of(family))
             continue
         kind = FAMILIES[family]
@@ -152,9 +154,10 @@ def sweep(
 ) -> Scores:
     """Patch every component in turn, each on every prompt of the task, and measure what it changes.
 
-    `components` is a family (`heads`, `mlps`, `queries`, `keys`, `values`, `groups`, `neurons`, `residual`), several joined by
-    `+`, or a list of names (`a5.h1`) and sites. `source` is what is put there: the corrupted prompt's value, the per-position
-    mean over the corrupted prompts, zero, or tensors by hook name. `positions` as in `sites_of`.
+    `components` is a family (`heads`, `mlps`, `queries`, `keys`, `values`, `groups`, `neurons`, `residual`), several
+    joined by `+`, or a list of names (`a5.h1`) and sites. `source` is what is put there: the corrupted prompt's
+    value, the per-position mean over the corrupted prompts, zero, or tensors by hook name. `positions` as in
+    `sites_of`.
 
     Raises PatchError for what does not exist or is not aligned.
     """

@@ -12,9 +12,13 @@ from subcircuit.engine.config import ModelConfig, RopeScaling
 
 
 def rope_frequencies(config: ModelConfig) -> Float[Tensor, "half"]:
-    """Angle per position of each of the d_head/2 pairs, in float64, with the model's scaling applied."""
-    exponents = torch.arange(0, config.d_head, 2, dtype=torch.float64) / config.d_head
-    frequencies = config.rope_theta**-exponents
+    """Angle per position of each of the d_head/2 pairs, with the model's scaling applied.
+
+    In float32 whatever the model's dtype, as in the checkpoints' own code: the rounding is part of the trained model,
+    and at hundreds of positions it is what a logit's fifth digit depends on.
+    """
+    exponents = torch.arange(0, config.d_head, 2, dtype=torch.float32) / config.d_head
+    frequencies = 1.0 / config.rope_theta**exponents
     return frequencies if config.rope_scaling is None else _scale(frequencies, config.rope_scaling)
 
 

@@ -1,7 +1,7 @@
 """activation_delta: what a change of the MLP's pre-activations changes in its activations.
 
-    δpost = act(u + δu) − act(u)                        plain
-    δpost = act(g + δg) · (u + δu) − act(g) · u         gated
+δpost = act(u + δu) − act(u)                        plain
+δpost = act(g + δg) · (u + δu) − act(g) · u         gated
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """readout: the effect of a row, without logits.
 
-    effect = (norm_f(x + δ) − norm_f(x)) · (W_U[answer] − W_U[wrong])
+effect = (norm_f(x + δ) − norm_f(x)) · (W_U[answer] − W_U[wrong])
 """
 
 from __future__ import annotations

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
+
 from subcircuit.engine.config import ModelConfig
 from subcircuit.engine.model import HookedTransformer
-from torch import Tensor
 
 CONFIGS = {
     "gpt2": ModelConfig(

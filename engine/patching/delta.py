@@ -9,11 +9,11 @@ For a block with clean residual x and row residual x + δ:
     δu   = W_in (norm(mid + δmid) − norm(mid))
     δout = δmid + W_out (act(u + δu) − act(u))
 
-A patch replaces δ at its hook point by source − clean. Positions before the first one that can differ are never computed,
-and in the last layer only the position that the metric reads is.
+A patch replaces δ at its hook point by source − clean. Positions before the first one that can differ are never
+computed, and in the last layer only the position that the metric reads is.
 
-Shapes: δ is `[set, prompt, pos, d]`, the clean side `[prompt, pos, d]` and broadcast over sets. A δ with one set stands for
-all of them until a patch tells them apart; None stands for no difference at all.
+Shapes: δ is `[set, prompt, pos, d]`, the clean side `[prompt, pos, d]` and broadcast over sets. A δ with one set
+stands for all of them until a patch tells them apart; None stands for no difference at all.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from subcircuit.engine.patching.plan import Start
 from subcircuit.engine.patching.sites import PatchSet
 from subcircuit.engine.patching.sources import AlignedPrompts, Sources, activations
 from subcircuit.engine.rope import rope_frequencies, rope_tables, rotate
-from subcircuit.kernels.activation_delta import Activation, activation_delta
+from subcircuit.kernels.activation_delta import activation_delta
 from subcircuit.kernels.attention_delta import attention_delta
 from subcircuit.kernels.head_fanout import head_fanout
 from subcircuit.kernels.norm_delta import norm_delta
@@ -254,7 +254,7 @@ class DeltaRun:
                 clean.pre[:, -n_read:],
                 clean.post[:, -n_read:],
                 self._product(delta_normed, pre_weight),
-                cast(Activation, self.config.activation),
+                self.config.activation,
                 self.product_dtype,
                 clean.pre_linear[:, -n_read:] if clean.pre_linear is not None else None,
                 self._product(delta_normed, weights.w_in) if gated else None,

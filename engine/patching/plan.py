@@ -14,7 +14,8 @@ TOKENS_PER_CHUNK = 4096
 
 @dataclass(frozen=True)
 class Start:
-    """Where a patch set's first difference arises: layer, stage within the layer, position. Nothing before is computed."""
+    """Where a patch set's first difference arises: layer, stage within the layer, position. Nothing before is
+    computed."""
 
     layer: int
     stage: int

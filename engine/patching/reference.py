@@ -34,7 +34,9 @@ def reference_effects(
         chunk = slice(first, min(first + prompts_per_chunk, n_prompts))
         clean[chunk] = _logit_difference(model(prompts.clean[chunk]), prompts, chunk)
         for i, patch_set in enumerate(patch_sets):
-            hooks = [(patch.site.component.hook_name, _replace(model, patch, sources, chunk, n_pos)) for patch in patch_set]
+            hooks = [
+                (patch.site.component.hook_name, _replace(model, patch, sources, chunk, n_pos)) for patch in patch_set
+            ]
             logits = model.run_with_hooks(prompts.clean[chunk], hooks)
             patched[i, chunk] = _logit_difference(logits, prompts, chunk)
             if progress is not None:

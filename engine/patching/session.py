@@ -32,7 +32,7 @@ class Effects:
     """What patch sets did to the metric of each prompt."""
 
     effects: Float[Tensor, "set prompt"]
-    """metric(patched row) − metric(clean run of that prompt); the metric is logit(answer) − logit(wrong), last position."""
+    """metric(patched row) − metric(clean run of that prompt): logit(answer) − logit(wrong) at the last position."""
     clean_metric: Float[Tensor, "prompt"]
 
 
@@ -47,17 +47,22 @@ def check_prompts(model: HookedTransformer, prompts: AlignedPrompts) -> None:
     if clean.ndim != 2 or 0 in clean.shape:
         raise PatchError(f"clean prompts have shape {tuple(clean.shape)}; patching needs aligned prompts [prompt, pos]")
     if corrupted is not None and corrupted.shape != clean.shape:
-        raise PatchError(f"corrupted prompts have shape {tuple(corrupted.shape)}, clean ones {tuple(clean.shape)}; they must be aligned")
+        raise PatchError(
+            f"corrupted prompts have shape {tuple(corrupted.shape)}, clean ones {tuple(clean.shape)}; "
+            "they must be aligned"
+        )
     if clean.shape[1] > model.config.n_ctx:
-        raise PatchError(f"prompts of {clean.shape[1]} tokens are longer than the model's context of {model.config.n_ctx}")
+        raise PatchError(
+            f"prompts of {clean.shape[1]} tokens are longer than the model's context of {model.config.n_ctx}"
+        )
 
 
 class DeltaSession:
     """Delta-form patching of one data set: the clean run is made once and serves every call of `effects`.
 
     `precision` is that of the δ products: `fp32`, `bf16` (everything else stays float32), or `fp64` (all of it). Clean
-    activations are kept for as many prompts as half of `budget_bytes` holds; with more prompts than that, each call runs
-    the clean prompts anew, chunk by chunk.
+    activations are kept for as many prompts as half of `budget_bytes` holds; with more prompts than that, each call
+    runs the clean prompts anew, chunk by chunk.
     """
 
     def __init__(
@@ -129,10 +134,11 @@ class DeltaSession:
         return self._runs[first]
 
     def _starts(self, sets: Sequence[PatchSet], base: PatchSet) -> list[Start]:
-        """Where each set starts; a set without patches differs from the base nowhere and starts above the last layer."""
+        """Where each set starts; a set without patches differs nowhere and starts above the last layer."""
         above = Start(self.model.config.n_layers, 0, self.n_pos - 1)
         starts = [start_of(patch_set, self._first_position) if patch_set else above for patch_set in sets]
-        # A base's δ enters the layer from below: every row computes all of the layer then, from the base's own position.
+        # A base's δ enters the layer from below: every row computes all of the layer then, from the base's own
+        # position.
         first = self._first_position(base)
         return [Start(s.layer, 0, min(s.first, first)) for s in starts] if base else starts
 
@@ -160,7 +166,8 @@ def patch_effects(
 ) -> Effects:
     """Effects of patch sets on every prompt: `[set, prompt]`, metric(patched row) − metric(clean run).
 
-    Executors: `reference` runs one full forward with hooks per patch set in the given precision; `torch` propagates δ only.
+    Executors: `reference` runs one full forward with hooks per patch set in the given precision; `torch` propagates δ
+    only.
 
     Raises PatchError for a component, position, source, executor or precision that does not exist.
     """

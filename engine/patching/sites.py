@@ -28,7 +28,9 @@ _HOOKS: dict[str, str] = {
     "mlp": "hook_mlp_out",
 }
 _LETTERS = {"h": "z", "q": "q", "k": "k", "v": "v", "g": "group"}
-_PATTERN = re.compile(r"a(?P<attn>\d+)\.(?P<letter>[hqkvg])(?P<head>\d+)|m(?P<mlp>\d+)(\.n(?P<neuron>\d+))?|r(?P<resid>\d+)")
+_PATTERN = re.compile(
+    r"a(?P<attn>\d+)\.(?P<letter>[hqkvg])(?P<head>\d+)|m(?P<mlp>\d+)(\.n(?P<neuron>\d+))?|r(?P<resid>\d+)"
+)
 
 FORMS = (
     "a5.h1 (head), m3 (MLP), a5.q1 / a5.k0 / a5.v0 (a head's query, a KV head's key or value), "
@@ -41,8 +43,9 @@ class Component:
     """A part of one layer that a patch can replace; `str(component)` is its name, `Component.parse` reads it back.
 
     kinds: `z` a query head's output (`a5.h1`), `q`, `k`, `v` a head's query or a KV head's key or value before rotary
-    embedding (`a5.q1`, `a5.k0`), `group` the outputs of all query heads that read one KV head (`a5.g0`), `mlp` an MLP's output
-    (`m3`), `neuron` one of its post-activations (`m3.n17`), `resid` the residual stream entering a layer (`r4`).
+    embedding (`a5.q1`, `a5.k0`), `group` the outputs of all query heads that read one KV head (`a5.g0`), `mlp` an
+    MLP's output (`m3`), `neuron` one of its post-activations (`m3.n17`), `resid` the residual stream entering a layer
+    (`r4`).
     """
 
     layer: int
@@ -134,8 +137,8 @@ class Site:
 
 
 Source = str | Mapping[str, Tensor]
-"""`"corrupted"`, `"mean"`, `"zero"`, or values by hook name (an ActivationCache is one), each shaped like the hook point's
-value with a prompt axis of the data set's size or 1."""
+"""`"corrupted"`, `"mean"`, `"zero"`, or values by hook name (an ActivationCache is one), each shaped like the hook
+point's value with a prompt axis of the data set's size or 1."""
 
 
 @dataclass(frozen=True)

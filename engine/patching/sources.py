@@ -40,7 +40,8 @@ class Sources:
     `mean` is the mean per position over the corrupted prompts of the data set (over the clean ones where there are no
     corrupted ones), as in the ablations of Lan et al. (arXiv 2311.04131); it is measured once, in chunks.
 
-    Raises PatchError for an unknown source, `corrupted` without corrupted prompts, or a mapping that lacks a hook point.
+    Raises PatchError for an unknown source, `corrupted` without corrupted prompts, or a mapping that lacks a hook
+    point.
     """
 
     def __init__(
@@ -80,7 +81,9 @@ class Sources:
 
     def _check(self, key: SourceKey) -> None:
         if isinstance(key, str) and key not in ("corrupted", "mean", "zero"):
-            raise PatchError(f"source {key!r} is not known; expected 'corrupted', 'mean', 'zero' or tensors by hook name")
+            raise PatchError(
+                f"source {key!r} is not known; expected 'corrupted', 'mean', 'zero' or tensors by hook name"
+            )
         if key == "corrupted" and self._prompts.corrupted is None:
             raise PatchError("source 'corrupted' needs corrupted prompts, and this task has none")
 
@@ -120,7 +123,8 @@ class Sources:
         tail = self._tail_shape(hook_name)
         if value.ndim != len(tail) + 2 or value.shape[2:] != tail or value.shape[1] not in (1, n_pos):
             raise PatchError(
-                f"source for {hook_name!r} has shape {tuple(value.shape)}; expected ({n_prompts} or 1, {n_pos} or 1, *{tuple(tail)})"
+                f"source for {hook_name!r} has shape {tuple(value.shape)}; "
+                f"expected ({n_prompts} or 1, {n_pos} or 1, *{tuple(tail)})"
             )
         if value.shape[0] == 1:
             return value

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+
 from patching_cases import CONFIGS, random_model, random_prompts
 from subcircuit.analysis.circuit import Circuit
 from subcircuit.analysis.discover import discover

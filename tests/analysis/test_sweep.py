@@ -4,6 +4,7 @@ import random
 
 import pytest
 import torch
+
 from patching_cases import CONFIGS, random_model, random_prompts
 from subcircuit.analysis.sweep import sweep
 from subcircuit.analysis.tasks import task_from_tokens

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+
 from patching_cases import CONFIGS, random_model, random_prompts, relative_error
 from subcircuit.engine.errors import PatchError
 from subcircuit.engine.patching import Component, DeltaSession, Patch, Site, patch_effects
@@ -191,5 +192,4 @@ def test_bad_options_and_unaligned_prompts_are_named(case):
     with pytest.raises(PatchError, match=r"no value for 'blocks.0.attn.hook_z'"):
         patch_effects(model, prompts, ["a0.h0"], source={})
     with pytest.raises(PatchError, match="longer than the model's context"):
-        long = random_prompts(SEED, n_pos=40)
-        patch_effects(model, long, ["a0.h0"])
+        patch_effects(model, random_prompts(SEED, n_pos=40), ["a0.h0"])
