@@ -34,6 +34,7 @@ def discover(
     precision: Precision = "fp32",
     candidates_per_batch: int | None = None,
     budget_bytes: int = DEFAULT_BUDGET_BYTES,
+    ablation: Ablation | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Circuit:
     """The circuit with which a model does a task, found by iterative node pruning (Lan et al., arXiv 2311.04131).
@@ -45,7 +46,8 @@ def discover(
 
     Candidates are evaluated several at a time under a guess of how the ones before them end; a decision is taken only
     when all those guesses were right, so every decision is the one that the sequential rule takes. `progress` is
-    called with (candidates decided in this sweep, candidates of this sweep).
+    called with (candidates decided in this sweep, candidates of this sweep). An `ablation` made before for this model
+    and task saves its clean run; it brings its own source, executor and precision.
 
     Raises PatchError for an unknown method or option, TaskError when the model does not do the task.
     """
@@ -55,7 +57,10 @@ def discover(
         raise PatchError(f"first sweep {first!r} is not known; expected 'backward' or 'forward'")
     if threshold <= 0:
         raise PatchError(f"threshold {threshold} must be positive: points of score that the circuit may lose")
-    ablation = Ablation(model, task, source=source, executor=executor, precision=precision, budget_bytes=budget_bytes)
+    if ablation is None:
+        ablation = Ablation(
+            model, task, source=source, executor=executor, precision=precision, budget_bytes=budget_bytes
+        )
     at_once = candidates_per_batch or _candidates_per_batch(model, task)
     pruning = _Pruning(ablation, threshold, at_once, progress)
     pruning.run(first, max_sweeps)

@@ -1,0 +1,100 @@
+"""Exact activation patching in delta form, circuits, and the hooked GPT-2/Llama engine under them.
+
+    import subcircuit as sc
+
+    model = sc.load("tiny-gpt2")
+    task = sc.task("months", model, n=32, seed=0)
+    scores = sc.sweep(model, task, components="heads")
+    circuit = sc.discover(model, task)
+    print(circuit, circuit.faithfulness(model, task))
+
+Names are imported when they are first used, so that `subcircuit --help` does not wait for torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from importlib import metadata
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from subcircuit.analysis.circuit import Circuit, TraceStep, intersection, union
+    from subcircuit.analysis.compare import cross_task_scores, jaccard_matrix
+    from subcircuit.analysis.discover import discover
+    from subcircuit.analysis.faithfulness import Ablation, node_drops, random_circuits, score
+    from subcircuit.analysis.study import StudySettings, study
+    from subcircuit.analysis.sweep import Scores, sweep
+    from subcircuit.analysis.tasks import Task, task, task_from_tokens, task_names
+    from subcircuit.engine.cache import ActivationCache
+    from subcircuit.engine.config import ModelConfig, RopeScaling
+    from subcircuit.engine.errors import SubcircuitError
+    from subcircuit.engine.model import HookedTransformer
+    from subcircuit.engine.patching import Component, DeltaSession, Effects, Patch, Site, patch_effects
+    from subcircuit.weights.names import known_models, load
+
+_HOMES = {
+    "analysis.circuit": ("Circuit", "TraceStep", "intersection", "union"),
+    "analysis.compare": ("cross_task_scores", "jaccard_matrix"),
+    "analysis.discover": ("discover",),
+    "analysis.faithfulness": ("Ablation", "node_drops", "random_circuits", "score"),
+    "analysis.study": ("StudySettings", "study"),
+    "analysis.sweep": ("Scores", "sweep"),
+    "analysis.tasks": ("Task", "task", "task_from_tokens", "task_names"),
+    "engine.cache": ("ActivationCache",),
+    "engine.config": ("ModelConfig", "RopeScaling"),
+    "engine.errors": ("SubcircuitError",),
+    "engine.model": ("HookedTransformer",),
+    "engine.patching": ("Component", "DeltaSession", "Effects", "Patch", "Site", "patch_effects"),
+    "weights.names": ("known_models", "load"),
+}
+_HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
+
+__version__ = metadata.version("subcircuit")
+
+__all__ = [
+    "Ablation",
+    "ActivationCache",
+    "Circuit",
+    "Component",
+    "DeltaSession",
+    "Effects",
+    "HookedTransformer",
+    "ModelConfig",
+    "Patch",
+    "RopeScaling",
+    "Scores",
+    "Site",
+    "StudySettings",
+    "SubcircuitError",
+    "Task",
+    "TraceStep",
+    "__version__",
+    "cross_task_scores",
+    "discover",
+    "intersection",
+    "jaccard_matrix",
+    "known_models",
+    "load",
+    "node_drops",
+    "patch_effects",
+    "random_circuits",
+    "score",
+    "study",
+    "sweep",
+    "task",
+    "task_from_tokens",
+    "task_names",
+    "union",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'subcircuit' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"subcircuit.{_HOME_OF[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
