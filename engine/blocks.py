@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import cast
 
 import torch
@@ -12,6 +13,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from subcircuit.engine.config import ModelConfig
+from subcircuit.engine.errors import HookError
 from subcircuit.engine.hooks import HookTable
 from subcircuit.engine.inputs import KVCache
 from subcircuit.engine.rope import rotate
@@ -31,11 +33,17 @@ class Pass:
     kv_cache: KVCache | None
 
 
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu_new": partial(F.gelu, approximate="tanh"),
+    "gelu": F.gelu,
+    "silu": F.silu,
+    "relu": F.relu,
+}
+
+
 def activation(name: str, x: Tensor) -> Tensor:
     """The MLP's nonlinearity. `gelu_new` is the tanh approximation that GPT-2 was trained with."""
-    if name == "gelu_new":
-        return F.gelu(x, approximate="tanh")
-    return {"gelu": F.gelu, "silu": F.silu, "relu": F.relu}[name](x)
+    return _ACTIVATIONS[name](x)
 
 
 class Norm(nn.Module):
@@ -56,16 +64,18 @@ class Norm(nn.Module):
     def hooked(self, x: Tensor, name: str, hooks: HookTable, fire: FireHook | None = None) -> Tensor:
         """forward, with `hook_scale` and `hook_normalized` where somebody set them.
 
-        As in TransformerLens, `hook_normalized` is LayerNorm's output but RMSNorm's value before its weight.
+        `hook_normalized` is the value before weight and bias, in LayerNorm too. Both are float32 in a model of lower
+        precision.
         """
         if not hooks.wants(f"{name}.hook_scale", f"{name}.hook_normalized"):
             return cast(Tensor, self(x))
         fire = hooks if fire is None else fire
+        dtype = x.dtype
+        x = x if dtype == torch.float64 else x.float()
         x = x - x.mean(-1, keepdim=True) if self.centred else x
         scale = fire(f"{name}.hook_scale", (x.pow(2).mean(-1, keepdim=True) + self.eps).sqrt())
-        if self.bias is not None:
-            return fire(f"{name}.hook_normalized", x / scale * self.weight + self.bias)
-        return fire(f"{name}.hook_normalized", x / scale) * self.weight
+        out = fire(f"{name}.hook_normalized", x / scale).to(dtype) * self.weight
+        return out if self.bias is None else out + self.bias
 
 
 class Attention(nn.Module):
@@ -94,17 +104,18 @@ class Attention(nn.Module):
 
     @property
     def W_O(self) -> Float[Tensor, "head d_head d_model"]:
-        return self.w_o.weight.unflatten(1, (-1, self.config.d_head)).permute(1, 2, 0)
+        return self.w_o.weight.T.reshape(self.config.n_heads, self.config.d_head, self.config.d_model)
 
     def _per_head(self, weight: Tensor) -> Tensor:
-        return weight.unflatten(0, (-1, self.config.d_head)).transpose(1, 2)
+        return weight.reshape(-1, self.config.d_head, self.config.d_model).transpose(1, 2)
 
     def project(self, x: Tensor, linear: nn.Linear) -> Float[Tensor, "batch pos head d_head"]:
         """Queries, keys or values of x, which is `[batch pos d_model]` or already split per head."""
+        d_head = self.config.d_head
         if x.ndim == 3:
-            return cast(Tensor, linear(x)).unflatten(-1, (-1, self.config.d_head))
+            return cast(Tensor, linear(x)).reshape(*x.shape[:2], -1, d_head)
         out = torch.einsum("bphd,hdk->bphk", x, self._per_head(linear.weight))
-        return out if linear.bias is None else out + linear.bias.unflatten(0, (-1, self.config.d_head))
+        return out if linear.bias is None else out + linear.bias.reshape(-1, d_head)
 
     def forward(self, inputs: tuple[Tensor, Tensor, Tensor], layer: int, run: Pass) -> Residual:
         """Output of the layer's heads for normed inputs of q, k and v."""
@@ -122,9 +133,7 @@ class Attention(nn.Module):
             z = self._explicit(q, k, v, name, run)
         else:
             gqa = self.config.group_size > 1
-            z = F.scaled_dot_product_attention(
-                q, k, v, attn_mask=run.mask, is_causal=run.mask is None, enable_gqa=gqa
-            )
+            z = F.scaled_dot_product_attention(q, k, v, attn_mask=run.mask, is_causal=run.mask is None, enable_gqa=gqa)
         z = hooks(f"{name}.hook_z", z.transpose(1, 2))
         if not hooks.wants(f"{name}.hook_result"):
             return cast(Tensor, self.w_o(z.flatten(2)))
@@ -179,7 +188,7 @@ class Block(nn.Module):
         resid = hooks(f"{name}.hook_resid_pre", resid)
         resid_mid = resid + hooks(f"{name}.hook_attn_out", self.attn(self._attn_inputs(resid, layer, run), layer, run))
         resid_mid = hooks(f"{name}.hook_resid_mid", resid_mid)
-        mlp_in = hooks(f"{name}.hook_mlp_in", resid_mid)
+        mlp_in = _own_copy(hooks, f"{name}.hook_mlp_in", resid_mid)
         mlp_out = self.mlp(self.ln2.hooked(mlp_in, f"{name}.ln2", hooks), layer, run)
         return hooks(f"{name}.hook_resid_post", resid_mid + hooks(f"{name}.hook_mlp_out", mlp_out))
 
@@ -192,9 +201,24 @@ class Block(nn.Module):
             return normed, normed, normed
         # Each head has a norm of its own now; the shared one can still be read.
         self.ln1.hooked(resid, f"{name}.ln1", hooks, fire=hooks.observe)
-        n_heads, n_kv = self.config.n_heads, self.config.kv_heads
-        per_head = hooks(split[0], resid.unsqueeze(2).expand(-1, -1, n_heads, -1))
-        per_kv_head = per_head[:, :, :: self.config.group_size] if n_kv < n_heads else per_head
+        per_head = _own_copy(hooks, split[0], resid.unsqueeze(2).expand(-1, -1, self.config.n_heads, -1))
+        per_kv_head = self._one_per_group(per_head, split[0]) if self.config.group_size > 1 else per_head
         inputs = zip(split[1:], (per_head, per_kv_head, per_kv_head), strict=True)
-        q, k, v = (self.ln1(hooks(split_name, value)) for split_name, value in inputs)
+        q, k, v = (self.ln1(_own_copy(hooks, split_name, value)) for split_name, value in inputs)
         return q, k, v
+
+    def _one_per_group(
+        self, per_head: Float[Tensor, "batch pos head d_model"], name: str
+    ) -> Float[Tensor, "batch pos kv_head d_model"]:
+        """What the heads of each group read. A key or value serves them all, so they must read the same."""
+        groups = per_head.reshape(*per_head.shape[:2], self.config.kv_heads, self.config.group_size, -1)
+        if not torch.equal(groups, groups[:, :, :, :1].expand_as(groups)):
+            raise HookError(
+                f"hook on {name!r} tells heads that share a key apart; set q_input, k_input and v_input instead"
+            )
+        return groups[:, :, :, 0]
+
+
+def _own_copy(hooks: HookTable, name: str, value: Tensor) -> Tensor:
+    """What a hook makes of its own copy of a value that others read too, so that it may write to it in place."""
+    return hooks(name, value.clone()) if hooks.wants(name) else value

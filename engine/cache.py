@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from subcircuit.engine.errors import HookError
+from subcircuit.engine.errors import NotCachedError
 
 if TYPE_CHECKING:
+    from subcircuit.engine.blocks import Attention
     from subcircuit.engine.model import HookedTransformer
+
+CacheKey = str | tuple[str, int] | tuple[str, int, str]
 
 _SUBMODULE = {
     **dict.fromkeys(("q", "k", "v", "rot_q", "rot_k", "attn_scores", "pattern", "z", "result"), "attn."),
@@ -21,20 +24,30 @@ _SUBMODULE = {
 
 
 class ActivationCache(Mapping[str, Tensor]):
-    """Activations by hook name: `cache["blocks.3.attn.hook_z"]`, or in short `cache["z", 3]`.
+    """Activations by hook name: `cache["blocks.3.attn.hook_z"]`.
 
-    Raises HookError for a name that was not kept.
+    In short `cache["embed"]`, `cache["z", 3]`, and where a block has several of the name, `cache["scale", 3, "ln1"]`;
+    layer -1 is the last.
+
+    Raises NotCachedError (a HookError and a KeyError) for a name that was not kept.
     """
 
     def __init__(self, values: Mapping[str, Tensor], model: HookedTransformer) -> None:
         self._values = dict(values)
         self._model = model
 
-    def __getitem__(self, key: str | tuple[str, int]) -> Tensor:
-        name = key if isinstance(key, str) else f"blocks.{key[1]}.{_SUBMODULE.get(key[0], '')}hook_{key[0]}"
+    def __getitem__(self, key: CacheKey) -> Tensor:
+        name = self._hook_name(key)
         if name not in self._values:
-            raise HookError(f"{name!r} is not in this cache of {len(self._values)} activations; name it in run_with_cache")
+            raise NotCachedError(f"{name!r} is not among the {len(self)} activations kept; name it in run_with_cache")
         return self._values[name]
+
+    def _hook_name(self, key: CacheKey) -> str:
+        if isinstance(key, str):
+            return f"hook_{key}" if f"hook_{key}" in self._values else key
+        layer = key[1] + self._model.config.n_layers if key[1] < 0 else key[1]
+        submodule = f"{key[2]}." if len(key) == 3 else _SUBMODULE.get(key[0], "")
+        return f"blocks.{layer}.{submodule}hook_{key[0]}"
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._values)
@@ -51,8 +64,10 @@ class ActivationCache(Mapping[str, Tensor]):
 
     def head_results(self, layer: int) -> Float[Tensor, "batch pos head d_model"]:
         """What each head of a layer adds to the residual stream: z W_O, per head, without the output bias."""
-        attn = self._model.blocks[layer].attn
-        return torch.einsum("bphk,hkd->bphd", self["z", layer], attn.W_O)
+        return torch.einsum("bphk,hkd->bphd", self["z", layer], self._attention(layer).W_O)
+
+    def _attention(self, layer: int) -> Attention:
+        return cast("Attention", self._model.blocks[layer].attn)
 
     def residual_stack(self) -> tuple[Float[Tensor, "stage batch pos d_model"], list[str]]:
         """The residual stream as it grows: entering each layer, and after the last; with a label per stage."""
@@ -63,8 +78,8 @@ class ActivationCache(Mapping[str, Tensor]):
     def decompose_residual(self, by_head: bool = False) -> tuple[Float[Tensor, "part batch pos d_model"], list[str]]:
         """The terms whose sum is the final residual stream, with a label per term.
 
-        Embeddings, then per layer the attention output and the MLP output; with `by_head` every head is a term (`a5.h1`)
-        and the output bias of a layer's attention another (`a5.bias`).
+        Embeddings, then per layer the attention output and the MLP output; with `by_head` every head is a term
+        (`a5.h1`) and the output bias of a layer's attention another (`a5.bias`).
         """
         config = self._model.config
         parts = {"embed": self["hook_embed"]}
@@ -74,7 +89,7 @@ class ActivationCache(Mapping[str, Tensor]):
             if by_head:
                 results = self.head_results(layer).unbind(2)
                 parts |= {f"a{layer}.h{head}": result for head, result in enumerate(results)}
-                bias = self._model.blocks[layer].attn.w_o.bias
+                bias = self._attention(layer).w_o.bias
                 if bias is not None:
                     parts[f"a{layer}.bias"] = bias.expand_as(parts["embed"])
             else:
@@ -94,10 +109,10 @@ class ActivationCache(Mapping[str, Tensor]):
         by_head: bool = False,
         position: int = -1,
     ) -> tuple[Float[Tensor, "part batch"], list[str]]:
-        """Direct logit attribution: what each term of the residual stream adds to the answer's logit, or to its lead over
-        `wrong`, with the final norm's scale held at its value in this pass.
+        """Direct logit attribution: what each term of `decompose_residual` adds to the answer's logit.
 
-        The terms add up to that logit (difference) exactly, the final norm's bias being a term of its own (`bias`).
+        With `wrong`, to the answer's lead over it. The final norm's scale is held at its value in this pass, and its
+        bias is a term of its own (`bias`), so that the terms add up to the logit (difference) exactly.
         """
         model = self._model
         parts, labels = self.decompose_residual(by_head)
@@ -105,7 +120,7 @@ class ActivationCache(Mapping[str, Tensor]):
         direction = model.unembed_weight[answer]
         if wrong is not None:
             direction = direction - model.unembed_weight[wrong]
-        final, norm = parts.sum(0), model.ln_final
+        final, norm = self["resid_post", model.config.n_layers - 1][:, position], model.ln_final
         if norm.centred:
             parts, final = parts - parts.mean(-1, keepdim=True), final - final.mean(-1, keepdim=True)
         scale = (final.pow(2).mean(-1, keepdim=True) + norm.eps).sqrt()

@@ -86,6 +86,10 @@ class ModelConfig:
         ):
             if getattr(self, field) not in allowed:
                 raise ConfigError(f"{field} {getattr(self, field)!r} is not supported; expected one of {allowed}")
+        if not self.norm_eps >= 0:
+            raise ConfigError(f"norm_eps must not be negative, got {self.norm_eps}")
+        if not self.rope_theta > 0:
+            raise ConfigError(f"rope_theta must be positive, got {self.rope_theta}")
         if self.positions == "rope" and self.d_head % 2:
             raise ConfigError(f"rotary positions need an even d_head, got {self.d_head}")
 

@@ -19,6 +19,12 @@ class HookError(SubcircuitError):
     """A hook name that does not exist, never fired, or a hook that returned the wrong shape."""
 
 
+class NotCachedError(HookError, KeyError):
+    """An activation that a cache does not hold. A KeyError too, so that `in` and `get` of a mapping work."""
+
+    __str__ = Exception.__str__
+
+
 class WeightsError(SubcircuitError):
     """A file or tensor that is missing, corrupted, wrongly shaped or not finite, or a model that is not known."""
 
@@ -28,7 +34,7 @@ class TokenizerError(SubcircuitError):
 
 
 class PromptError(SubcircuitError):
-    """A prompt that is empty, longer than the model's context, holds an id outside the vocabulary, or is not aligned."""
+    """A prompt that is empty, too long for the model's context, not aligned, or holds an id outside the vocabulary."""
 
 
 class TaskError(SubcircuitError):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import difflib
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypedDict, Unpack
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from subcircuit.engine.errors import PromptError
@@ -28,6 +30,7 @@ class GenerateOptions(TypedDict, total=False):
     stop_tokens: further ids at which a prompt ends.
     hooks: set during every step; a hook sees the whole prompt first, then one position at a time.
     bos: override of the tokenizer's own rule for text prompts.
+    attention_mask: which token ids of the prompts are real, `[batch, pos]`; padding must be on the left.
     """
 
     temperature: float
@@ -38,6 +41,7 @@ class GenerateOptions(TypedDict, total=False):
     stop_tokens: tuple[int, ...]
     hooks: Iterable[Hook]
     bos: bool | None
+    attention_mask: Bool[Tensor, "batch pos"] | None
 
 
 @dataclass(frozen=True)
@@ -57,9 +61,13 @@ def generate(
     Raises PromptError when the prompt and the new tokens do not fit in the context, or an option is out of range.
     """
     temperature, top_k, top_p = _sampling(options)
-    batch = model._batch(prompts, bos=options.get("bos"))
+    batch = model.prompt_batch(prompts, bos=options.get("bos"), attention_mask=options.get("attention_mask"))
+    if batch.mask is not None and not batch.mask[:, -1].all():
+        raise PromptError("prompts to continue must be padded on the left; the attention_mask hides a last token")
     room = model.config.n_ctx - batch.tokens.shape[1]
-    if max_new_tokens < 1 or max_new_tokens > room + 1:
+    if max_new_tokens < 1:
+        raise PromptError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+    if max_new_tokens > room + 1:
         raise PromptError(
             f"max_new_tokens {max_new_tokens} does not fit: the prompt has {batch.tokens.shape[1]} tokens and the "
             f"context {model.config.n_ctx}"
@@ -76,7 +84,7 @@ def generate(
     with model.hooks(options.get("hooks", ())):
         for _ in range(max_new_tokens):
             logits = model(tokens, attention_mask=mask, kv_cache=kv_cache)[:, -1]
-            next_ids = _choose(logits.float(), temperature, top_k, top_p, generator)
+            next_ids = _choose(logits, temperature, top_k, top_p, generator)
             for i, token in enumerate(next_ids.tolist()):
                 going[i] = going[i] and token not in stop
                 if going[i]:
@@ -89,9 +97,14 @@ def generate(
 
 
 def _sampling(options: GenerateOptions) -> tuple[float, int | None, float | None]:
+    for name in options:
+        if name not in GenerateOptions.__annotations__:
+            closest = difflib.get_close_matches(name, GenerateOptions.__annotations__, n=1)
+            hint = f"; did you mean {closest[0]!r}?" if closest else ""
+            raise PromptError(f"option {name!r} is not known{hint}")
     temperature, top_k, top_p = options.get("temperature", 0.0), options.get("top_k"), options.get("top_p")
-    if temperature < 0:
-        raise PromptError(f"temperature must be 0 (greedy) or positive, got {temperature}")
+    if not 0 <= temperature < math.inf:
+        raise PromptError(f"temperature must be 0 (greedy) or positive and finite, got {temperature}")
     if top_k is not None and top_k < 1:
         raise PromptError(f"top_k must be at least 1, got {top_k}")
     if top_p is not None and not 0 < top_p <= 1:
@@ -108,7 +121,7 @@ def _choose(
 ) -> Int[Tensor, "batch"]:
     if temperature == 0:
         return logits.argmax(-1)
-    logits = logits / temperature
+    logits = logits.float() / temperature
     if top_k is not None and top_k < logits.shape[-1]:
         logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], float("-inf"))
     probabilities = logits.softmax(-1)

@@ -11,6 +11,7 @@ import fnmatch
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor
 
 from subcircuit.engine.config import ModelConfig
@@ -19,13 +20,29 @@ from subcircuit.engine.errors import HookError
 HookFunction = Callable[[Tensor, str], Tensor | None]
 """Takes (value, hook name); returns the value to go on with, or None to leave it as it is."""
 
-Hook = tuple[str, HookFunction]
+NamePredicate = Callable[[str], bool]
 
-NameFilter = str | Sequence[str] | Callable[[str], bool] | None
+Hook = tuple[str | NamePredicate, HookFunction]
+"""Where (a hook name, a shell-style pattern of names, or a predicate), and what to do there."""
+
+NamedHook = tuple[str, HookFunction]
+"""A hook on one point, by its name."""
+
+NameFilter = str | Sequence[str] | NamePredicate | None
 """Hook names, shell-style patterns of them (`blocks.*.attn.hook_z`), a predicate, or None for every standard one."""
 
-# Computed only for whoever names them: they cost a copy of the residual stream per head, or nothing else reads them.
-ON_REQUEST = ("hook_result", "hook_attn_in", "hook_q_input", "hook_k_input", "hook_v_input", "hook_mlp_in")
+# Computed only for whoever names them: most cost a copy of the residual stream (per head), and the unembedding's output
+# is as large as the logits because it is the logits.
+ON_REQUEST = (
+    "attn.hook_result",
+    "hook_attn_in",
+    "hook_q_input",
+    "hook_k_input",
+    "hook_v_input",
+    "hook_mlp_in",
+    "unembed.hook_in",
+    "unembed.hook_out",
+)
 
 
 def hook_names(config: ModelConfig) -> tuple[str, ...]:
@@ -33,7 +50,7 @@ def hook_names(config: ModelConfig) -> tuple[str, ...]:
     names = ["hook_embed"] + (["hook_pos_embed"] if config.positions == "learned" else [])
     for layer in range(config.n_layers):
         names += [f"blocks.{layer}.{name}" for name in _block_hook_names(config)]
-    return (*names, "ln_final.hook_scale", "ln_final.hook_normalized")
+    return (*names, "ln_final.hook_scale", "ln_final.hook_normalized", "unembed.hook_in", "unembed.hook_out")
 
 
 def _block_hook_names(config: ModelConfig) -> list[str]:
@@ -46,13 +63,16 @@ def _block_hook_names(config: ModelConfig) -> list[str]:
     return [*names, "mlp.hook_post", "hook_mlp_out", "hook_resid_post"]
 
 
-def select_names(names: NameFilter, available: Sequence[str]) -> list[str]:
+def select_names(names: NameFilter, available: Sequence[str], where: str = "in this model") -> list[str]:
     """The available hook names that a filter means, in forward order.
+
+    A pattern that matches standard points means these alone: `blocks.0.*` leaves out what is computed on request, and
+    `blocks.*.attn.hook_result` names it.
 
     Raises HookError for a name or pattern that no hook point has, with the closest one.
     """
     if names is None:
-        return [name for name in available if not name.endswith(ON_REQUEST)]
+        return _standard(available)
     if callable(names):
         chosen = {name for name in available if names(name)}
         if not chosen:
@@ -60,11 +80,15 @@ def select_names(names: NameFilter, available: Sequence[str]) -> list[str]:
     else:
         chosen = set()
         for pattern in [names] if isinstance(names, str) else names:
-            found = {pattern} & set(available) or set(fnmatch.filter(available, pattern))
+            found = [pattern] if pattern in available else fnmatch.filter(available, pattern)
             if not found:
-                raise HookError(f"no hook point {pattern!r} in this model{_closest(pattern, available)}")
-            chosen |= found
+                raise HookError(f"no hook point {pattern!r} {where}{_closest(pattern, available)}")
+            chosen |= set(_standard(found) or found)
     return [name for name in available if name in chosen]
+
+
+def _standard(names: Sequence[str]) -> list[str]:
+    return [name for name in names if not name.endswith(ON_REQUEST)]
 
 
 def _closest(name: str, available: Sequence[str]) -> str:
@@ -80,31 +104,41 @@ class HookTable:
         self._backward: dict[str, list[HookFunction]] = {}
         self._fired: set[str] = set()
 
+    def __deepcopy__(self, memo: dict[int, object]) -> HookTable:
+        """A copied model starts without the hooks that happen to be set on the original."""
+        return HookTable()
+
     def wants(self, *names: str) -> bool:
         """Whether any of these hook points has a function, so that the forward pass must form its value."""
         return any(name in self._forward or name in self._backward for name in names)
 
     def __call__(self, name: str, value: Tensor) -> Tensor:
-        if name in self._forward:
-            self._fired.add(name)
-            for function in self._forward[name]:
-                value = _replaced(name, value, function(value, name))
-        if name in self._backward:
-            self._fired.add(name)
-            if not value.requires_grad:
-                value.requires_grad_()
-            for function in self._backward[name]:
-                value.register_hook(lambda grad, function=function: function(grad, name))
+        if not self.wants(name):
+            return value
+        self._fired.add(name)
+        for function in tuple(self._forward.get(name, ())):
+            value = _replaced(name, value, function(value, name))
+        backward = tuple(self._backward.get(name, ()))
+        if backward and not torch.is_grad_enabled():
+            raise HookError(f"backward hook on {name!r} cannot fire: gradients are off here (torch.no_grad)")
+        if backward:
+            # The same memory under another tensor: hook points that share a value get the gradient one after the other,
+            # and a tensor that a hook returned stays the user's own.
+            value = value.view_as(value) if value.requires_grad else value.detach().requires_grad_()
+        for function in backward:
+            value.register_hook(lambda grad, function=function: _replaced(name, grad, function(grad, name)))
         return value
 
     def observe(self, name: str, value: Tensor) -> Tensor:
-        """Show a value that nothing downstream reads. Raises HookError when a hook would replace it in vain."""
-        if self(name, value) is not value:
-            raise HookError(f"hook on {name!r} replaces a value that nothing reads while split inputs are hooked")
+        """Show a value that nothing downstream reads. Raises HookError when a hook would act on it in vain."""
+        version = None if value.is_inference() else value._version
+        acts = name in self._backward or self(name, value) is not value
+        if acts or (version is not None and value._version != version):
+            raise HookError(f"hook on {name!r} can only read while split inputs are hooked: each head has its own norm")
         return value
 
     @contextmanager
-    def set(self, hooks: Iterable[Hook], backward_hooks: Iterable[Hook] = ()) -> Iterator[None]:
+    def set(self, hooks: Iterable[NamedHook], backward_hooks: Iterable[NamedHook] = ()) -> Iterator[None]:
         """Set functions for the duration of a block.
 
         Raises HookError at its end for a hook point that no forward pass in the block reached.

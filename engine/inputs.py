@@ -59,6 +59,8 @@ class PromptBatch:
         """
         n_past = kv_cache.n_pos if kv_cache is not None else 0
         n_batch, n_new = self.tokens.shape
+        if kv_cache is not None and kv_cache.key_mask is not None and kv_cache.key_mask.shape[0] != n_batch:
+            raise PromptError(f"{n_batch} prompts cannot continue a KV cache of {kv_cache.key_mask.shape[0]}")
         if n_past + n_new > n_ctx:
             raise PromptError(f"prompt of {n_past + n_new} tokens is longer than the model's context of {n_ctx}")
         if self.mask is None and n_past == 0 and kv_cache is None:
@@ -88,10 +90,15 @@ def batch_prompts(
 ) -> PromptBatch:
     """Tokenize and pad texts, or check token ids.
 
-    Raises PromptError for empty prompts, ids outside the vocabulary, a mask that does not fit, or text without tokenizer.
+    Raises PromptError for empty prompts, ids outside the vocabulary, a mask that does not fit, text without tokenizer,
+    `bos` for token ids, or an attention mask for text.
     """
     if isinstance(prompts, Tensor):
+        if bos is not None:
+            raise PromptError(f"bos={bos} applies to text; token ids are taken as they are")
         return _check_ids(prompts.to(device), attention_mask, d_vocab)
+    if attention_mask is not None:
+        raise PromptError("attention_mask applies to token ids; texts bring their own")
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
     if tokenizer is None:
         raise PromptError("this model has no tokenizer: pass token ids [batch, pos] in place of text")
@@ -106,10 +113,11 @@ def batch_prompts(
     for i, row in enumerate(ids):
         if not row:
             raise PromptError(f"prompt {i} is empty: it has no tokens")
-    return _pad(ids, padding_side, device)
+    tokens, mask = _pad(ids, padding_side)
+    return _check_ids(tokens.to(device), mask, d_vocab)
 
 
-def _pad(ids: list[list[int]], side: PaddingSide, device: torch.device) -> PromptBatch:
+def _pad(ids: list[list[int]], side: PaddingSide) -> tuple[Int[Tensor, "batch pos"], Bool[Tensor, "batch pos"]]:
     n_pos = max(map(len, ids))
     tokens = torch.zeros(len(ids), n_pos, dtype=torch.long)
     real = torch.zeros(len(ids), n_pos, dtype=torch.bool)
@@ -117,13 +125,16 @@ def _pad(ids: list[list[int]], side: PaddingSide, device: torch.device) -> Promp
         where = slice(n_pos - len(row), None) if side == "left" else slice(0, len(row))
         tokens[i, where] = torch.tensor(row)
         real[i, where] = True
-    return PromptBatch(tokens.to(device), None if real.all() else real.to(device))
+    return tokens, real
 
 
 def _check_ids(tokens: Tensor, mask: Tensor | None, d_vocab: int) -> PromptBatch:
-    tokens = tokens[None] if tokens.ndim == 1 else tokens
+    if tokens.ndim == 1:
+        tokens, mask = tokens[None], None if mask is None else mask[None]
     if tokens.ndim != 2 or tokens.is_floating_point() or tokens.dtype == torch.bool:
-        raise PromptError(f"token ids have shape {tuple(tokens.shape)} and {tokens.dtype}; expected integers [batch, pos]")
+        raise PromptError(
+            f"token ids are {tokens.dtype} of shape {tuple(tokens.shape)}; expected integers [batch, pos]"
+        )
     if tokens.numel() == 0:
         raise PromptError(f"token ids of shape {tuple(tokens.shape)} are empty; expected at least one token")
     low, high = int(tokens.min()), int(tokens.max())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Unpack, cast
 
@@ -11,12 +11,12 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from subcircuit.engine.blocks import Block, Norm, Pass, Residual
+from subcircuit.engine.blocks import Attention, Block, Norm, Pass, Residual
 from subcircuit.engine.cache import ActivationCache
 from subcircuit.engine.config import ModelConfig
-from subcircuit.engine.errors import ConfigError
+from subcircuit.engine.errors import ConfigError, PromptError
 from subcircuit.engine.generate import GenerateOptions, Generation, generate
-from subcircuit.engine.hooks import Hook, HookTable, NameFilter, hook_names, select_names
+from subcircuit.engine.hooks import Hook, HookTable, NamedHook, NameFilter, hook_names, select_names
 from subcircuit.engine.inputs import KVCache, PaddingSide, PromptBatch, Prompts, batch_prompts
 from subcircuit.engine.rope import rope_frequencies, rope_tables
 from subcircuit.engine.tokenizer import Tokenizer
@@ -25,11 +25,11 @@ from subcircuit.engine.tokenizer import Tokenizer
 class HookedTransformer(nn.Module):
     """A GPT-2 or Llama with a hook point on every component.
 
-    `tensors` holds exactly the parameters named by `parameter_shapes(config)`; they are used as they are, without a copy,
-    so memory-mapped weights stay on disk until they are read. Parameters do not require gradients until
-    `model.requires_grad_()` is called.
+    `tensors` holds exactly the parameters named by `parameter_shapes(config)`, all of one dtype; they are used as they
+    are, without a copy, so memory-mapped weights stay on disk until they are read. Parameters do not require gradients
+    until `model.requires_grad_()` is called.
 
-    Raises ConfigError for a missing, extra or wrongly shaped tensor.
+    Raises ConfigError for a missing, extra or wrongly shaped tensor, or one of another dtype.
     """
 
     embed: nn.Embedding
@@ -38,9 +38,7 @@ class HookedTransformer(nn.Module):
     ln_final: Norm
     unembed: nn.Linear | None
 
-    def __init__(
-        self, config: ModelConfig, tensors: Mapping[str, Tensor], tokenizer: Tokenizer | None = None
-    ) -> None:
+    def __init__(self, config: ModelConfig, tensors: Mapping[str, Tensor], tokenizer: Tokenizer | None = None) -> None:
         super().__init__()
         self.config = config
         self.tokenizer = tokenizer
@@ -49,7 +47,7 @@ class HookedTransformer(nn.Module):
         _check_tensors(tensors, self.parameter_shapes(config))
         for name, module in _modules(config).items():
             self.add_module(name, module)
-        self.load_state_dict(dict(tensors), assign=True)
+        self.load_state_dict({name: tensor.detach() for name, tensor in tensors.items()}, assign=True)
         self.requires_grad_(False)
 
     @staticmethod
@@ -71,6 +69,25 @@ class HookedTransformer(nn.Module):
         return self.embed.weight
 
     @property
+    def W_Q(self) -> Float[Tensor, "layer head d_model d_head"]:
+        return torch.stack([attn.W_Q for attn in self._attentions()])
+
+    @property
+    def W_K(self) -> Float[Tensor, "layer kv_head d_model d_head"]:
+        return torch.stack([attn.W_K for attn in self._attentions()])
+
+    @property
+    def W_V(self) -> Float[Tensor, "layer kv_head d_model d_head"]:
+        return torch.stack([attn.W_V for attn in self._attentions()])
+
+    @property
+    def W_O(self) -> Float[Tensor, "layer head d_head d_model"]:
+        return torch.stack([attn.W_O for attn in self._attentions()])
+
+    def _attentions(self) -> list[Attention]:
+        return [cast(Block, block).attn for block in self.blocks]
+
+    @property
     def W_U(self) -> Float[Tensor, "d_model d_vocab"]:
         return self.unembed_weight.T
 
@@ -83,14 +100,40 @@ class HookedTransformer(nn.Module):
         """Every hook point of this model, in forward order."""
         return hook_names(self.config)
 
-    def to_tokens(
-        self, text: Prompts, *, bos: bool | None = None, padding_side: PaddingSide = "left"
-    ) -> Int[Tensor, "batch pos"]:
-        """Token ids of one or several texts, padded on the given side where lengths differ.
+    def to_tokens(self, text: str | Sequence[str], *, bos: bool | None = None) -> Int[Tensor, "batch pos"]:
+        """Token ids of one or several texts that have equally many tokens.
 
         `bos=None` follows the tokenizer's own rule (`model.tokenizer.adds_bos`); True or False overrides it.
+
+        Raises PromptError for unequal lengths: token ids alone could not say which of them are padding.
         """
-        return self._batch(text, bos=bos, padding_side=padding_side).tokens
+        batch = self.prompt_batch(text, bos=bos)
+        if batch.mask is not None:
+            lengths = ", ".join(str(n) for n in sorted(set(batch.mask.sum(1).tolist())))
+            raise PromptError(f"texts have {lengths} tokens; expected equally many, or model.prompt_batch to pad them")
+        return batch.tokens
+
+    def prompt_batch(
+        self,
+        prompts: Prompts,
+        *,
+        bos: bool | None = None,
+        padding_side: PaddingSide = "left",
+        attention_mask: Tensor | None = None,
+    ) -> PromptBatch:
+        """Prompts as `.tokens` `[batch, pos]` and `.mask`, which is True at real tokens, or None without padding.
+
+        `model(batch.tokens, attention_mask=batch.mask)` is `model(prompts)`.
+        """
+        return batch_prompts(
+            prompts,
+            self.tokenizer,
+            bos=bos,
+            padding_side=padding_side,
+            attention_mask=attention_mask,
+            d_vocab=self.config.d_vocab,
+            device=self.device,
+        )
 
     def forward(
         self,
@@ -104,39 +147,23 @@ class HookedTransformer(nn.Module):
     ) -> Float[Tensor, "batch pos d_vocab"]:
         """Logits at every position.
 
-        `prompts` is a text, a list of texts, or token ids `[batch, pos]` (or `[pos]`). Texts of unequal length are padded
-        on `padding_side` and masked, so each gives the logits it gives alone; with the default, left, the last position
-        is every prompt's last token. Padded token ids need their `attention_mask` (True at real tokens). With `kv_cache`,
-        `prompts` continue what the cache holds. `stop_at_layer=l` returns the residual stream that enters layer l instead.
+        `prompts` is a text, a list of texts, or token ids `[batch, pos]` (or `[pos]`). Texts of unequal length are
+        padded on `padding_side` and masked, so each gives the logits it gives alone; with the default, left, the last
+        position is every prompt's last token. Padded token ids need their `attention_mask` (True at real tokens).
+        With `kv_cache`, `prompts` continue what the cache holds. `stop_at_layer=l` returns the residual stream that
+        enters layer l instead.
 
         Raises PromptError for an empty or too long prompt, an id outside the vocabulary, or a text without tokenizer.
         """
-        batch = self._batch(prompts, bos=bos, padding_side=padding_side, attention_mask=attention_mask)
+        batch = self.prompt_batch(prompts, bos=bos, padding_side=padding_side, attention_mask=attention_mask)
         n_layers = self._n_layers_until(stop_at_layer)
         resid, run = self._enter(batch, kv_cache)
         for layer in range(n_layers):
             resid = self.blocks[layer](resid, layer, run)
         if stop_at_layer is not None:
             return resid
-        return F.linear(self.ln_final.hooked(resid, "ln_final", self._hooks), self.unembed_weight)
-
-    def _batch(
-        self,
-        prompts: Prompts,
-        *,
-        bos: bool | None = None,
-        padding_side: PaddingSide = "left",
-        attention_mask: Tensor | None = None,
-    ) -> PromptBatch:
-        return batch_prompts(
-            prompts,
-            self.tokenizer,
-            bos=bos,
-            padding_side=padding_side,
-            attention_mask=attention_mask,
-            d_vocab=self.config.d_vocab,
-            device=self.device,
-        )
+        normed = self._hooks("unembed.hook_in", self.ln_final.hooked(resid, "ln_final", self._hooks))
+        return self._hooks("unembed.hook_out", F.linear(normed, self.unembed_weight))
 
     def _n_layers_until(self, stop_at_layer: int | None) -> int:
         n_layers = self.config.n_layers
@@ -151,26 +178,28 @@ class HookedTransformer(nn.Module):
         positions, mask = batch.positions_and_mask(kv_cache, self.config.n_ctx)
         resid = self._hooks("hook_embed", self.embed(batch.tokens))
         if self.pos_embed is not None:
-            pos_embed = self.pos_embed(positions).expand_as(resid)
-            resid = resid + self._hooks("hook_pos_embed", pos_embed)
+            pos_embed = self.pos_embed(positions)
+            if self._hooks.wants("hook_pos_embed"):
+                pos_embed = self._hooks("hook_pos_embed", pos_embed.expand_as(resid).clone())
+            resid = resid + pos_embed
         rope = None if self._frequencies is None else rope_tables(self._frequencies, positions, resid.dtype)
         return resid, Pass(self._hooks, rope, mask, kv_cache)
 
-    def hooks(
-        self, hooks: Iterable[Hook] = (), backward_hooks: Iterable[Hook] = ()
-    ) -> AbstractContextManager[None]:
-        """Set hooks for the duration of a `with` block; a name may be a shell-style pattern.
+    def hooks(self, hooks: Iterable[Hook] = (), backward_hooks: Iterable[Hook] = ()) -> AbstractContextManager[None]:
+        """Set hooks for the duration of a `with` block; a name may be a shell-style pattern or a predicate.
 
-        A hook is `(name, function)`; `function(value, name)` returns a replacement of the same shape, or None to leave the
-        value. A backward hook gets the gradient with respect to the value instead.
+        A hook is `(name, function)`; `function(value, name)` returns a replacement of the same shape, or None to leave
+        the value. A backward hook gets the gradient with respect to the value instead, when `backward` runs, and may
+        replace that.
 
-        Raises HookError for a name that does not exist, and at the end of the block for one that never fired.
+        Raises HookError for a name that does not exist, at the end of the block for one that no forward pass reached,
+        and in a forward pass without gradients for a backward hook.
         """
         return self._hooks.set(self._named(hooks), self._named(backward_hooks))
 
-    def _named(self, hooks: Iterable[Hook]) -> list[Hook]:
+    def _named(self, hooks: Iterable[Hook]) -> list[NamedHook]:
         names = self.hook_names()
-        return [(name, function) for wanted, function in hooks for name in select_names(wanted, names)]
+        return [(name, function) for where, function in hooks for name in select_names(where, names)]
 
     def run_with_hooks(
         self,
@@ -193,23 +222,25 @@ class HookedTransformer(nn.Module):
     ) -> tuple[Float[Tensor, "batch pos d_vocab"], ActivationCache]:
         """Logits, and the activations at the named hook points (every standard one by default).
 
-        Per-head results and split inputs (`hook_result`, `hook_q_input`, …) are kept only when named: they are large.
+        Per-head results, split inputs and the unembedding's (`hooks.ON_REQUEST`) are kept only when named.
         With `stop_at_layer=l` the layers from l on are not run and the first value is the residual stream entering l.
         """
-        reached = self._reached_names(self._n_layers_until(stop_at_layer), stop_at_layer is None)
+        n_layers = self._n_layers_until(stop_at_layer)
+        reached = self._reached_names(n_layers, stop_at_layer is None)
+        where = "in this model" if stop_at_layer is None else f"below layer {n_layers}"
         values: dict[str, Tensor] = {}
 
         def keep(value: Tensor, name: str) -> None:
             values[name] = value
 
-        with self.hooks([(name, keep) for name in select_names(names, reached)]):
+        with self.hooks([(name, keep) for name in select_names(names, reached, where)]):
             output = cast(Tensor, self(prompts, stop_at_layer=stop_at_layer, **forward))
         return output, ActivationCache(values, self)
 
     def _reached_names(self, n_layers: int, to_the_end: bool) -> list[str]:
         unreached = {f"blocks.{layer}" for layer in range(n_layers, self.config.n_layers)}
         names = [name for name in self.hook_names() if ".".join(name.split(".")[:2]) not in unreached]
-        return names if to_the_end else [name for name in names if not name.startswith("ln_final")]
+        return names if to_the_end else [name for name in names if not name.startswith(("ln_final", "unembed"))]
 
     def generate(self, prompts: Prompts, max_new_tokens: int = 20, **options: Unpack[GenerateOptions]) -> Generation:
         """Continue one or several prompts; see `subcircuit.engine.generate.generate`."""
@@ -241,3 +272,7 @@ def _check_tensors(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int
     extra = sorted(set(tensors) - set(shapes))
     if extra:
         raise ConfigError(f"tensor {extra[0]!r} is not a parameter of this model")
+    dtype = tensors["embed.weight"].dtype
+    for name, tensor in tensors.items():
+        if tensor.dtype != dtype or not dtype.is_floating_point:
+            raise ConfigError(f"tensor {name!r} is {tensor.dtype}; expected one floating-point dtype for all tensors")

@@ -124,7 +124,7 @@ class DeltaRun:
         self.patched_clean = {name: cache[name] for name in patched_names}
         self.clean = [self._clean_layer(cache, layer, q, k) for layer in range(n_layers)]
         self.final = cache[last][:, -1]
-        self.final_normed = self.model.ln_final(self.final)
+        self.final_normed: Tensor = self.model.ln_final(self.final)
 
     def _clean_layer(self, cache: Mapping[str, Tensor], layer: int, q: str, k: str) -> CleanLayer:
         block = cast(Block, self.model.blocks[layer])
