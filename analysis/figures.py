@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -18,7 +19,7 @@ from subcircuit.analysis.circuit import Circuit
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#999933", "#882255")
 INK, FAINT = "#1f2430", "#d9dce3"
 
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "font.family": "sans-serif",
     "font.size": 9,
     "svg.fonttype": "none",
@@ -70,7 +71,7 @@ def heatmap_figure(heads: Sequence[Sequence[float]], mlps: Sequence[float], titl
 
 
 def overlay_figure(circuits: Mapping[str, Circuit], n_layers: int, n_heads: int, title: str) -> str:
-    """Circuits of several tasks on one grid of heads and MLPs: a colour per task, shared nodes as split and ringed discs."""
+    """Circuits of several tasks on one grid of heads and MLPs: a colour per task, nodes of all tasks ringed."""
     with mpl.rc_context(_STYLE):
         wide = n_layers > 16
         # A deep model lies on its side: layers from left to right.

@@ -30,7 +30,7 @@ RUN_FILE = "run.json"
 class RunDirectory:
     """A run's files, by name relative to its folder.
 
-    Raises StoreError, naming the file, for a folder that is no run or is another one, and for a file that cannot be read.
+    Raises StoreError, naming the file, for a folder that is no run or is another one, and for an unreadable file.
     """
 
     def __init__(self, path: Path, run: dict[str, Any]) -> None:

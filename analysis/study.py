@@ -29,6 +29,7 @@ from subcircuit.analysis.tasks import Task
 from subcircuit.analysis.tasks import task as build_task
 from subcircuit.engine.errors import StoreError, TaskError
 from subcircuit.engine.model import HookedTransformer
+from subcircuit.engine.patching import Site
 from subcircuit.engine.patching.session import Executor, Precision
 from subcircuit.weights.names import load
 
@@ -152,7 +153,7 @@ class _ModelStudy:
         description = {
             "name": self.name,
             "slug": self.slug,
-            "description": f"{config.family}, {config.n_layers} layers of {config.n_heads} heads, d_model {config.d_model}",
+            "description": f"{config.family}, {config.n_layers} × {config.n_heads} heads, d_model {config.d_model}",
             "n_layers": config.n_layers,
             "n_heads": config.n_heads,
             "n_kv_heads": config.kv_heads,
@@ -215,8 +216,6 @@ class _ModelStudy:
 
     def _read_scores(self, file: str) -> Scores:
         tensors, about = self.directory.read_tensors(file)
-        from subcircuit.engine.patching import Site
-
         sites = tuple(Site.of(site) for site in json.loads(about["sites"]))
         return Scores(
             sites, tensors["effects"], tensors["clean_metric"], self.model.config, json.loads(about["settings"])

@@ -11,7 +11,6 @@ from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import click
 import typer
 from rich.console import Console
 from rich.table import Table
@@ -33,6 +32,10 @@ app = typer.Typer(
 )
 out = Console()
 err = Console(stderr=True)
+
+
+# typer may bring a click of its own; what it raises for bad options derives from that one's ClickException.
+BadUsage: type[Exception] = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
 
 
 class Precision(StrEnum):
@@ -378,9 +381,9 @@ def main() -> None:
         app(standalone_mode=False)
     except SubcircuitError as error:
         _fail(str(error), 2)
-    except click.ClickException as error:
-        _fail(error.format_message(), 2)
-    except (KeyboardInterrupt, click.Abort):
+    except BadUsage as error:
+        _fail(" ".join(error.format_message().split()), 2)  # type: ignore[attr-defined]
+    except (KeyboardInterrupt, typer.Abort):
         hint = "; --resume goes on with what is finished" if "study" in sys.argv[1:2] else ""
         _fail(f"interrupted{hint}", 130)
     except OSError as error:

@@ -1,0 +1,62 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from subcircuit.analysis.circuit import Circuit, TraceStep, intersection, union
+from subcircuit.analysis.compare import jaccard_matrix
+from subcircuit.engine.errors import StoreError
+
+A = Circuit(heads=[(4, 4), (0, 1), (4, 4)], mlps=[2, 0], edges=(("a0.h1", "a4.q4"),), model="m", task="numerals")
+B = Circuit(heads=[(4, 4), (5, 0)], mlps=[2], model="m", task="months")
+
+
+def test_nodes_are_sorted_without_repetition_and_named_in_the_order_of_computation():
+    assert A.heads == [(0, 1), (4, 4)]
+    assert A.mlps == [0, 2]
+    assert [str(node) for node in A.nodes] == ["a0.h1", "m0", "m2", "a4.h4"]
+    assert len(A) == 4
+    assert str(A) == "2 heads (0.1 4.4), 2 MLPs (0 2)"
+    assert Circuit.of_nodes(["m2", "a4.h4"]).heads == [(4, 4)]
+
+
+def test_set_operations_act_on_nodes_and_edges():
+    both, either, left = A & B, A | B, A - B
+    assert (both.heads, both.mlps, both.edges) == ([(4, 4)], [2], ())
+    assert (either.heads, either.mlps) == ([(0, 1), (4, 4), (5, 0)], [0, 2])
+    assert either.edges == A.edges
+    assert (left.heads, left.mlps) == ([(0, 1)], [0])
+    assert (both.task, both.model) == ("numerals & months", "m")
+    assert intersection([A, B, A]).nodes == both.nodes
+    assert union([A, B]).nodes == either.nodes
+
+
+def test_jaccard_is_shared_over_all():
+    assert A.jaccard(B) == 2 / 5
+    assert A.jaccard(B, "heads") == 1 / 3
+    assert Circuit([], []).jaccard(Circuit([], [])) == 1
+    assert torch.allclose(jaccard_matrix([A, B], "heads"), torch.tensor([[1, 1 / 3], [1 / 3, 1]]))
+
+
+def test_json_reads_back_whole(tmp_path):
+    step = TraceStep(1, "backward", "m11", 99.5, True)
+    circuit = Circuit(A.heads, A.mlps, A.edges, "m", "numerals", "prune", 81.01, (step,), {"threshold": 20})
+    assert Circuit.from_json(circuit.to_json()) == circuit
+    circuit.save(tmp_path / "c.json")
+    assert Circuit.load(tmp_path / "c.json") == circuit
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"schema": 99}', '{"schema": 1, "heads": 3}'])
+def test_a_file_that_is_no_circuit_is_named(tmp_path, text):
+    (tmp_path / "c.json").write_text(text)
+    with pytest.raises(StoreError, match=r"c\.json") as caught:
+        Circuit.load(tmp_path / "c.json")
+    assert "\n" not in str(caught.value)
+    with pytest.raises(StoreError, match=r"missing\.json"):
+        Circuit.load(tmp_path / "missing.json")
+
+
+def test_the_graph_names_every_node_and_edge():
+    dot = A.to_dot()
+    assert '"a0.h1" -> "a4.q4";' in dot
+    assert all(f'"{node}"' in dot for node in A.nodes)
