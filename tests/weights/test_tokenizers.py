@@ -24,7 +24,7 @@ from oracles import shared_models, smollm2_gguf
 from subcircuit.engine.errors import TokenizerError
 from subcircuit.weights.bpe import GPT2_SPLIT, LLAMA3_SPLIT, QWEN2_SPLIT, Splitter, apply_merges, ranks_say_the_same
 from subcircuit.weights.gguf_file import open_gguf
-from subcircuit.weights.text_tokenizer import TextTokenizer
+from subcircuit.weights.text_tokenizer import AddedToken, TextTokenizer, TokenFinder
 from subcircuit.weights.tokenizers import (
     from_gguf_metadata,
     from_tokenizer_json,
@@ -428,13 +428,68 @@ def saved(backend: hf.Tokenizer, directory: Path, **config: object) -> Path:
 
 @pytest.mark.parametrize("style", STYLES)
 def test_tokenizer_json_gives_the_ids_of_tokenizers(style: str, tmp_path: Path) -> None:
+    some_texts = texts() if style in ("llama3", "qwen2") else texts()[:3000]
     backend = STYLES[style]()
     ours = from_tokenizer_json(saved(backend, tmp_path))
-    assert_same_ids(ours.encode, texts(), [encoding.ids for encoding in backend.encode_batch(texts())])
+    assert_same_ids(ours.encode, some_texts, [encoding.ids for encoding in backend.encode_batch(some_texts)])
     assert ours.n_vocab == backend.get_vocab_size()
     backend.encode_special_tokens = True
     plain = from_tokenizer_json(tmp_path / "tokenizer.json", parse_special=False)
-    assert_same_ids(plain.encode, texts()[:2000], [encoding.ids for encoding in backend.encode_batch(texts()[:2000])])
+    assert_same_ids(without_bos(plain), some_texts[:1000], ids_in_reference(backend, some_texts[:1000]))
+
+
+def test_added_tokens_are_found_as_in_the_reference() -> None:
+    rng = random.Random(SEED)
+    for _ in range(150):
+        backend = hf.Tokenizer(models.BPE({c: i for i, c in enumerate("abc ")}, []))
+        names = {"".join(rng.choices("abc ", k=rng.randint(1, 4))).strip() or "a" for _ in range(4)} - set("abc")
+        flags = {
+            name: {key: rng.random() < 0.3 for key in ("single_word", "lstrip", "rstrip", "special")} for name in names
+        }
+        backend.add_tokens([hf.AddedToken(name, normalized=False, **flags[name]) for name in names])
+        finder = TokenFinder(AddedToken(name, backend.token_to_id(name), **flags[name]) for name in names)
+        for _ in range(40):
+            text = "".join(rng.choices("aabbc ", k=rng.randint(0, 12)))
+            ours: list[int] = []
+            for part in finder.split(text):
+                ours += [part.id] if isinstance(part, AddedToken) else ["abc ".index(c) for c in part]
+            assert ours == backend.encode(text).ids, f"seed {SEED}: {flags} in {text!r}"
+
+
+def small_metadata(pre: str) -> dict[str, object]:
+    """What a GGUF file says about a byte-level vocabulary, with <|endoftext|> at its end."""
+    vocab, merges = trained_vocabulary()
+    return {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": pre,
+        "tokenizer.ggml.tokens": [*vocab, "<|endoftext|>", "[INST]"],
+        "tokenizer.ggml.token_type": [1] * len(vocab) + [3, 4],
+        "tokenizer.ggml.merges": [" ".join(merge) for merge in merges],
+        "tokenizer.ggml.bos_token_id": len(vocab),
+        "tokenizer.ggml.eos_token_id": len(vocab),
+    }
+
+
+@pytest.mark.parametrize(
+    ("pre", "patterns"),
+    [
+        ("gpt-2", [GPT2_SPLIT]),
+        ("llama-bpe", [LLAMA3_SPLIT]),
+        ("qwen2", [QWEN2_SPLIT]),
+        ("starcoder", [r"\p{N}", GPT2_SPLIT]),
+        ("default", [r"[\p{P}\$\+<=>\^~\|]+", GPT2_SPLIT, r"\p{N}+", r"[0-9][0-9][0-9]"]),
+    ],
+)
+def test_gguf_cuts_text_as_its_pre_tokenizer_says(pre: str, patterns: list[str]) -> None:
+    vocab, merges = trained_vocabulary()
+    backend = hf.Tokenizer(models.BPE(vocab, merges, ignore_merges=pre == "llama-bpe"))
+    splits = [pre_tokenizers.Split(hf.Regex(pattern), "isolated") for pattern in patterns]
+    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([*splits, to_bytes])
+    backend.add_special_tokens(["<|endoftext|>"])
+    backend.add_tokens(["[INST]"])
+    expected = ids_in_reference(backend, texts()[:3000])
+    assert_same_ids(without_bos(from_gguf_metadata(small_metadata(pre))), texts()[:3000], expected)
 
 
 def test_tiktoken_merges_where_it_can_and_the_list_where_it_must(tmp_path: Path) -> None:
@@ -592,8 +647,8 @@ def test_tokenizer_config_decides_about_bos_before_the_template(
     assert ours.eos_id == backend.token_to_id("<|im_start|>")
 
 
-def test_gguf_says_whether_bos_is_added(files: Path) -> None:
-    metadata = open_gguf(files / "ggml-vocab-gpt-2.gguf").metadata
+def test_gguf_says_whether_bos_is_added() -> None:
+    metadata = small_metadata("gpt-2")
     assert not from_gguf_metadata(metadata).adds_bos
     assert from_gguf_metadata({**metadata, "tokenizer.ggml.add_bos_token": True}).adds_bos
     assert from_gguf_metadata({**metadata, "tokenizer.ggml.pre": "llama-bpe"}).adds_bos
@@ -759,8 +814,8 @@ def test_broken_merges_are_one_line_with_the_files_name(files: Path, tmp_path: P
         ("add_bos_token", "yes", "add_bos_token"),
     ],
 )
-def test_gguf_metadata_of_another_kind_is_one_line(files: Path, key: str, value: object, part: str) -> None:
-    metadata = {**open_gguf(files / "ggml-vocab-gpt-2.gguf").metadata, f"tokenizer.ggml.{key}": value}
+def test_gguf_metadata_of_another_kind_is_one_line(key: str, value: object, part: str) -> None:
+    metadata = {**small_metadata("gpt-2"), f"tokenizer.ggml.{key}": value}
     with pytest.raises(TokenizerError) as error:
         from_gguf_metadata(metadata, "model.gguf")
     assert_one_line(error, "model.gguf", part)
