@@ -68,6 +68,8 @@ class HookedTransformer(nn.Module):
     def W_E(self) -> Float[Tensor, "d_vocab d_model"]:
         return self.embed.weight
 
+    # Stacked over layers. Keys and values have one matrix per KV head, as their hook points do.
+
     @property
     def W_Q(self) -> Float[Tensor, "layer head d_model d_head"]:
         return torch.stack([attn.W_Q for attn in self._attentions()])
