@@ -45,11 +45,10 @@ def bpe_model(
     for text, score, kind in pieces:
         model += _message(1, _text(1, text) + _tag(2, _FLOAT32) + struct.pack("<f", score) + _integer(3, kind))
     has_bytes = any(kind == BYTE for _, _, kind in pieces)
-    ids = {kind: i for i, (_, _, kind) in reversed(list(enumerate(pieces)))}
-    # unk_id is at hand; a model may do without the other special pieces, which sentencepiece marks by -1.
-    special = [(40, ids.get(UNKNOWN, 0)), (41, -1), (42, -1), (43, -1)]
-    trainer = _integer(3, _BPE) + _integer(4, len(pieces)) + _integer(35, has_bytes)
-    trainer += b"".join(_integer(number, token_id) for number, token_id in special)
+    unknown_id = next((i for i, (_, _, kind) in enumerate(pieces) if kind == UNKNOWN), 0)
+    trainer = _integer(3, _BPE) + _integer(4, len(pieces)) + _integer(35, has_bytes) + _integer(40, unknown_id)
+    # Ids of BOS, EOS and padding: none, they are the caller's.
+    trainer += b"".join(_integer(number, -1) for number in (41, 42, 43))
     normalizer = _text(1, "identity") + _integer(3, space_prefix) + _integer(4, collapse_spaces) + _integer(5, True)
     return bytes(model + _message(2, trainer) + _message(3, normalizer))
 
