@@ -36,6 +36,7 @@ setup(
         "numpy>=1.26",
         "safetensors>=0.4",
         "tiktoken>=0.8",
+        "regex",
         "sentencepiece>=0.2",
         "triton>=3.2; platform_system == 'Linux'",
         "jaxtyping>=0.2.36",

@@ -166,7 +166,7 @@ def _rope_scaling(values: ConfigValues, theta: float, d_head: int, divisors: Sto
         return None
     if divisors.shape != (d_head // 2,):
         values.fail(f"tensor 'rope_freqs.weight' has shape {divisors.shape}; expected {(d_head // 2,)}")
-    wanted = divisors.read(torch.float64)
+    wanted = divisors.read(torch.float32)
     factor = wanted.max().item()
     if factor == 1:
         return None

@@ -1,0 +1,85 @@
+"""A sweep over all heads of SmolLM2-135M: delta form against one hooked full forward per head, on the same engine.
+
+Prints the time of both (medians), the ratio, and the error of the effects against full forwards in float64, beside the
+error that ordinary bfloat16 re-runs make. The full forwards are timed on one head per layer and scaled up to all heads:
+each costs the same, whichever head it patches.
+
+    python benchmarks/bench_sweep.py [--model smollm2-135m] [--runs 5] [--threads 2]
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+import subcircuit as sc
+
+
+def median_seconds(run: Callable[[], object], n_runs: int) -> float:
+    """Median wall time of n runs after one that does not count."""
+    run()
+    seconds = []
+    for _ in range(n_runs):
+        start = time.perf_counter()
+        run()
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds)
+
+
+def relative_error(effects: torch.Tensor, reference: torch.Tensor) -> float:
+    return float((effects.double() - reference).norm() / reference.norm())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--task", default="months")
+    parser.add_argument("--prompts", type=int, default=16)
+    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=2)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+
+    model = sc.load(options.model)
+    task = sc.task(options.task, model, n=options.prompts, seed=0)
+    config = model.config
+    n_heads = config.n_layers * config.n_heads
+    sample = [f"a{layer}.h{layer % config.n_heads}" for layer in range(config.n_layers)]
+
+    def sweep(components: str | list[str], executor: str, precision: str) -> sc.Scores:
+        return sc.sweep(model, task, components, executor=executor, precision=precision)  # type: ignore[arg-type]
+
+    exact = sweep(sample, "reference", "fp64").effects
+    rows = []
+    one_run = median_seconds(lambda: sweep(sample, "reference", "fp32"), max(2, options.runs // 2)) / len(sample)
+    full = one_run * n_heads
+    rows.append(("full forwards, float32", full, relative_error(sweep(sample, "reference", "fp32").effects, exact)))
+    start = time.perf_counter()
+    ordinary = sweep(sample, "reference", "bf16").effects
+    seconds = (time.perf_counter() - start) / len(sample) * n_heads
+    rows.append(("full forwards, bfloat16", seconds, relative_error(ordinary, exact)))
+    for name, precision in (("delta form, float32", "fp32"), ("delta form, bfloat16", "bf16")):
+        effects = sweep(sample, "torch", precision).effects
+        seconds = median_seconds(lambda precision=precision: sweep("heads", "torch", precision), options.runs)  # type: ignore[misc]
+        rows.append((name, seconds, relative_error(effects, exact)))
+
+    table = Table(
+        title=f"{options.model}: {n_heads} heads × {options.prompts} prompts of {task.clean.shape[1]} tokens, "
+        f"first difference at {task.first_difference}, {options.threads} threads"
+    )
+    for column in ("", "seconds", "patches/s", "times faster", "effect error"):
+        table.add_column(column, justify="right" if column else "left")
+    for name, seconds, error in rows:
+        rate = n_heads * options.prompts / seconds
+        table.add_row(name, f"{seconds:.1f}", f"{rate:.0f}", f"{full / seconds:.2f}", f"{error:.1e}")
+    Console(width=110).print(table)
+
+
+if __name__ == "__main__":
+    main()
