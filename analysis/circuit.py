@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import operator
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from subcircuit.engine.errors import StoreError
+from subcircuit.analysis.store import write_whole
+from subcircuit.engine.errors import PatchError, StoreError
 from subcircuit.engine.patching import Component
 
 if TYPE_CHECKING:
@@ -39,6 +41,8 @@ class Circuit:
 
     `score` is 100 · LD(circuit) / LD(full) on the task it was found on. `settings` and `trace` say how it was found.
     Two circuits are equal when their nodes and edges and their provenance are; compare `nodes` for the nodes alone.
+
+    Raises PatchError for heads that are not pairs, or MLPs that are not numbers, of layers from 0 up.
     """
 
     heads: list[tuple[int, int]]
@@ -52,13 +56,16 @@ class Circuit:
     settings: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "heads", sorted({(int(layer), int(head)) for layer, head in self.heads}))
-        object.__setattr__(self, "mlps", sorted({int(layer) for layer in self.mlps}))
+        object.__setattr__(self, "heads", sorted({_head(pair) for pair in self.heads}))
+        object.__setattr__(self, "mlps", sorted({_index(layer, "MLP") for layer in self.mlps}))
 
     @classmethod
     def of_nodes(cls, nodes: Iterable[Component | str], **provenance: Any) -> Circuit:
-        """A circuit of components or their names (`a5.h1`, `m3`)."""
+        """A circuit of components or their names (`a5.h1`, `m3`). Raises PatchError for another kind of component."""
         parts = [Component.parse(node) if isinstance(node, str) else node for node in nodes]
+        for part in parts:
+            if part.kind not in ("z", "mlp"):
+                raise PatchError(f"'{part}' cannot be a circuit's node; expected heads (a5.h1) and MLPs (m3)")
         heads = [(part.layer, part.index) for part in parts if part.kind == "z"]
         return cls(heads, [part.layer for part in parts if part.kind == "mlp"], **provenance)
 
@@ -143,7 +150,7 @@ class Circuit:
                 trace=tuple(TraceStep(**step) for step in values["trace"]),
                 **{name: values[name] for name in ("model", "task", "method", "score", "settings")},
             )
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, PatchError) as error:
             raise StoreError(f"circuit has a missing or malformed field: {error}") from error
 
     def to_json(self) -> str:
@@ -159,8 +166,8 @@ class Circuit:
         return cls.from_dict(values)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the circuit as JSON."""
-        Path(path).write_text(self.to_json() + "\n", encoding="utf-8")
+        """Write the circuit as JSON, whole or not at all."""
+        write_whole(Path(path), (self.to_json() + "\n").encode("utf-8"))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Circuit:
@@ -181,18 +188,38 @@ class Circuit:
 
 
 def intersection(circuits: Sequence[Circuit]) -> Circuit:
-    """What all circuits share. The task names them all."""
+    """What all circuits share. The task names them all. Raises PatchError for no circuits."""
     return _reduced(circuits, set.intersection, " & ")
 
 
 def union(circuits: Sequence[Circuit]) -> Circuit:
-    """What any of the circuits has."""
+    """What any of the circuits has. Raises PatchError for no circuits."""
     return _reduced(circuits, set.union, " | ")
 
 
 def _reduced(circuits: Sequence[Circuit], operation: Any, sign: str) -> Circuit:
+    if not circuits:
+        raise PatchError("no circuits to combine; expected at least one")
     nodes = operation(*(set(circuit.nodes) for circuit in circuits))
     edges = operation(*(set(circuit.edges) for circuit in circuits))
     combined = Circuit.of_nodes(nodes, edges=tuple(sorted(edges)), method="set operation")
     models = {circuit.model for circuit in circuits}
     return replace(combined, model=models.pop() if len(models) == 1 else "", task=sign.join(c.task for c in circuits))
+
+
+def _head(pair: Any) -> tuple[int, int]:
+    try:
+        layer, head = pair
+    except (TypeError, ValueError):
+        raise PatchError(f"head {pair!r} is not understood; expected (layer, head)") from None
+    return _index(layer, "head"), _index(head, "head")
+
+
+def _index(value: Any, what: str) -> int:
+    try:
+        index = operator.index(value)
+    except TypeError:
+        raise PatchError(f"{what} {value!r} is not understood; expected whole numbers from 0 up") from None
+    if index < 0:
+        raise PatchError(f"{what} {index} is negative; expected whole numbers from 0 up")
+    return index

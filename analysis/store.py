@@ -25,6 +25,48 @@ from torch import Tensor
 from subcircuit.engine.errors import StoreError
 
 RUN_FILE = "run.json"
+SCHEMA_VERSION = 1
+FINISHED = ("scores", "circuits", "results")
+"""Folders of what a stage took its time for."""
+OWN = (*FINISHED, "figures", "scores.csv", "report.html", RUN_FILE)
+"""All that a run writes, `run.json` last: what is deleted to start anew, and nothing else."""
+_PARTIAL = ".partial"
+
+
+def write_whole(target: Path, content: bytes) -> None:
+    """Write a file so that a kill or a full disk leaves the old one or the new one, never half of it.
+
+    Raises StoreError, naming the file, when it cannot be written.
+    """
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=_PARTIAL)
+    except OSError as error:
+        raise StoreError(f"{target} cannot be written: {error.strerror}") from error
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, target)
+        _sync_folder(target.parent)
+    except OSError as error:
+        Path(temporary).unlink(missing_ok=True)
+        raise StoreError(f"{target} cannot be written: {error.strerror}") from error
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def _sync_folder(folder: Path) -> None:
+    """Makes a rename in it last through a power cut, where the system can do that."""
+    if os.name == "posix":
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 class RunDirectory:
@@ -42,32 +84,27 @@ class RunDirectory:
     ) -> RunDirectory:
         """A new run directory, or with `resume` the one that is there, whose `settings` must then be the same.
 
-        With `overwrite` an earlier run is deleted; a folder with other things in it is never touched.
+        With `overwrite` the files of an earlier run are deleted, and no others; so are those of a run that finished no
+        stage. A folder with other things in it, and no run, is never touched.
         """
         folder = Path(path)
         if (folder / RUN_FILE).exists():
-            if resume:
-                return cls._resumed(folder, run)
-            if not overwrite:
-                raise StoreError(f"{folder} holds a run already; expected --resume, --overwrite or another folder")
-            shutil.rmtree(folder)
+            found = cls.open(folder)
+            finished = [file for part in FINISHED for file in (folder / part).glob("*") if not _is_partial(file)]
+            if finished and not overwrite:
+                different = _difference(found.run.get("settings", {}), run.get("settings", {}))
+                if different is None and resume:
+                    found._delete_partial()
+                    return found
+                if different is None:
+                    raise StoreError(f"{folder} holds a run already; expected --resume, --overwrite or another folder")
+                raise StoreError(f"{folder} holds a run already, {different}; expected --overwrite or another folder")
+            found._delete()
         elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise StoreError(f"{folder} exists and is not a run directory; expected a new or empty folder")
-        folder.mkdir(parents=True, exist_ok=True)
-        created = cls(folder, {})
+        created = cls(folder, {"schema": SCHEMA_VERSION})
         created.update_run(**run)
         return created
-
-    @classmethod
-    def _resumed(cls, folder: Path, run: dict[str, Any]) -> RunDirectory:
-        found = cls.open(folder)
-        before, now = found.run.get("settings", {}), json.loads(json.dumps(run.get("settings", {})))
-        for name in [*before, *(name for name in now if name not in before)]:
-            if before.get(name) != now.get(name):
-                raise StoreError(
-                    f"{folder} was run with {name} = {before.get(name)!r}, not {now.get(name)!r}; it cannot be resumed"
-                )
-        return found
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> RunDirectory:
@@ -76,7 +113,24 @@ class RunDirectory:
             raise StoreError(f"{folder} is not a run directory: it has no {RUN_FILE}")
         opened = cls(folder, {})
         opened.run = opened.read_json(RUN_FILE)
+        if not isinstance(opened.run, dict) or opened.run.get("schema") != SCHEMA_VERSION:
+            raise StoreError(f"{folder / RUN_FILE} is not of a run of this version (schema {SCHEMA_VERSION})")
         return opened
+
+    def _delete(self) -> None:
+        for name in OWN:
+            what = self.path / name
+            if what.is_dir():
+                shutil.rmtree(what)
+            else:
+                what.unlink(missing_ok=True)
+        self._delete_partial()
+
+    def _delete_partial(self) -> None:
+        """Remove what a process that was killed was writing."""
+        for file in [*self.path.glob(".*"), *self.path.glob("*/.*")]:
+            if _is_partial(file):
+                file.unlink(missing_ok=True)
 
     def update_run(self, **fields: Any) -> None:
         """Add to run.json."""
@@ -97,7 +151,7 @@ class RunDirectory:
 
     def write_tensors(self, name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
         contiguous = {key: value.contiguous() for key, value in tensors.items()}
-        self._write(name, save(contiguous, metadata=dict(metadata)))
+        write_whole(self.path / name, save(contiguous, metadata=dict(metadata)))
 
     def read_tensors(self, name: str) -> tuple[dict[str, Tensor], dict[str, str]]:
         """A safetensors file's tensors and its metadata."""
@@ -108,19 +162,17 @@ class RunDirectory:
             raise StoreError(f"{self.path / name} cannot be read as safetensors: {error}") from error
 
     def write_text(self, name: str, text: str) -> None:
-        self._write(name, text.encode("utf-8"))
+        write_whole(self.path / name, text.encode("utf-8"))
 
-    def _write(self, name: str, content: bytes) -> None:
-        target = self.path / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            os.chmod(temporary, 0o644)
-            os.replace(temporary, target)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+
+def _is_partial(file: Path) -> bool:
+    return file.name.startswith(".") and file.suffix == _PARTIAL
+
+
+def _difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
+    """The first setting that is not the same, as half a sentence."""
+    now = json.loads(json.dumps(now))
+    for name in [*before, *(name for name in now if name not in before)]:
+        if before.get(name) != now.get(name):
+            return f"with {name} = {before.get(name)!r}, not {now.get(name)!r}"
+    return None

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 
 from subcircuit.analysis.circuit import Circuit, TraceStep, intersection, union
 from subcircuit.analysis.compare import jaccard_matrix
-from subcircuit.engine.errors import StoreError
+from subcircuit.engine.errors import PatchError, StoreError
 
 A = Circuit(heads=[(4, 4), (0, 1), (4, 4)], mlps=[2, 0], edges=(("a0.h1", "a4.q4"),), model="m", task="numerals")
 B = Circuit(heads=[(4, 4), (5, 0)], mlps=[2], model="m", task="months")
@@ -46,7 +48,44 @@ def test_json_reads_back_whole(tmp_path):
     assert Circuit.load(tmp_path / "c.json") == circuit
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"schema": 99}', '{"schema": 1, "heads": 3}'])
+@pytest.mark.parametrize(
+    ("heads", "mlps", "words"),
+    [
+        ([(0, 1, 2)], [], "head (0, 1, 2) is not understood; expected (layer, head)"),
+        ([3], [], "head 3 is not understood"),
+        ([(0, -1)], [], "head -1 is negative"),
+        ([(0.5, 1)], [], "head 0.5 is not understood"),
+        ([], ["m3"], "MLP 'm3' is not understood"),
+        ([], [-2], "MLP -2 is negative"),
+    ],
+)
+def test_nodes_that_no_model_has_are_refused(heads, mlps, words):
+    with pytest.raises(PatchError, match=re.escape(words)):
+        Circuit(heads, mlps)
+
+
+def test_finer_parts_than_heads_and_mlps_are_no_nodes():
+    with pytest.raises(PatchError, match=r"'a1\.q0' cannot be a circuit's node"):
+        Circuit.of_nodes(["a1.h0", "a1.q0"])
+
+
+def test_combining_no_circuits_is_refused():
+    for combine in (intersection, union):
+        with pytest.raises(PatchError, match="no circuits to combine"):
+            combine([])
+
+
+BAD_FILES = [
+    "",
+    "[]",
+    "{}",
+    '{"schema": 99}',
+    '{"schema": 1, "heads": 3}',
+    A.to_json().replace("[\n   4,\n   4\n  ]", "[4.5, 4]"),
+]
+
+
+@pytest.mark.parametrize("text", BAD_FILES)
 def test_a_file_that_is_no_circuit_is_named(tmp_path, text):
     (tmp_path / "c.json").write_text(text)
     with pytest.raises(StoreError, match=r"c\.json") as caught:
