@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from subcircuit.engine.blocks import Attention, Block, Norm, Pass, Residual
+from subcircuit.engine.blocks import MLP, Attention, Block, Norm, Pass, Residual
 from subcircuit.engine.cache import ActivationCache
 from subcircuit.engine.config import ModelConfig
 from subcircuit.engine.errors import ConfigError, PromptError
@@ -86,8 +86,25 @@ class HookedTransformer(nn.Module):
     def W_O(self) -> Float[Tensor, "layer head d_head d_model"]:
         return torch.stack([attn.W_O for attn in self._attentions()])
 
+    @property
+    def W_in(self) -> Float[Tensor, "layer d_model d_mlp"]:
+        return torch.stack([mlp.w_in.weight.T for mlp in self._mlps()])
+
+    @property
+    def W_gate(self) -> Float[Tensor, "layer d_model d_mlp"] | None:
+        """None without a gate."""
+        gates = [mlp.w_gate.weight.T for mlp in self._mlps() if mlp.w_gate is not None]
+        return torch.stack(gates) if gates else None
+
+    @property
+    def W_out(self) -> Float[Tensor, "layer d_mlp d_model"]:
+        return torch.stack([mlp.w_out.weight.T for mlp in self._mlps()])
+
     def _attentions(self) -> list[Attention]:
         return [cast(Block, block).attn for block in self.blocks]
+
+    def _mlps(self) -> list[MLP]:
+        return [cast(Block, block).mlp for block in self.blocks]
 
     @property
     def W_U(self) -> Float[Tensor, "d_model d_vocab"]:
