@@ -1,23 +1,35 @@
-"""The figures of a study, as SVG text. Colours stay apart for colour-blind readers (Okabe and Ito's palette)."""
+"""The figures of a study, as SVG text: pure functions of numbers, the same bytes for the same numbers.
+
+Colours stay apart for colour-blind readers (Okabe and Ito's palette, a red-blue scale). A deep model lies on its side,
+layers from left to right, in the heat map and in the overlay alike; a shallow one stands on its first layer.
+"""
 
 from __future__ import annotations
 
 import io
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.collections import PathCollection
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
-from matplotlib.patches import Circle, Wedge
+from matplotlib.patches import Rectangle
+from matplotlib.path import Path
+from matplotlib.transforms import IdentityTransform
 
-from subcircuit.analysis.circuit import Circuit
+from subcircuit.analysis.circuit import Circuit, TraceStep
 
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#999933", "#882255")
-INK, FAINT = "#1f2430", "#d9dce3"
+"""A colour per task, in the order of the tasks; after eight they come again."""
+INK, SOFT, FAINT, BAND = "#1f2430", "#6b7280", "#d5d9e2", "#f4f6fa"
+
+DEEP = 16
+"""From so many layers on a model is drawn on its side."""
 
 _STYLE: dict[Any, Any] = {
     "font.family": "sans-serif",
@@ -26,146 +38,326 @@ _STYLE: dict[Any, Any] = {
     "svg.hashsalt": "subcircuit",  # the same picture twice is the same file
     "axes.edgecolor": FAINT,
     "text.color": INK,
-    "axes.labelcolor": INK,
+    "axes.labelcolor": SOFT,
     "xtick.color": INK,
     "ytick.color": INK,
 }
+_LETTER_INCHES = 0.085
+"""Width of a letter of 9 points, enough for any sans-serif font."""
 
 
-def _figure(width: float, height: float) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasSVG(figure)
-    axes = figure.add_subplot()
-    axes.spines[["top", "right", "left", "bottom"]].set_visible(False)
-    axes.tick_params(length=0)
-    return figure, axes
+def task_colour(index: int) -> str:
+    return PALETTE[index % len(PALETTE)]
 
 
-def _svg(figure: Figure) -> str:
-    text = io.StringIO()
-    figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None}, transparent=True)
-    svg = text.getvalue()
-    return svg[svg.index("<svg") :]
+def words(name: str) -> str:
+    """A task's name as it is read."""
+    return name.replace("_", " ")
 
 
-def heatmap_figure(heads: Sequence[Sequence[float]], mlps: Sequence[float], title: str, n_labels: int = 8) -> str:
-    """Mean effects by layer (rows, the first at the bottom) and head, with the MLPs as a last column."""
+def heatmap_figure(heads: Sequence[Sequence[float]], mlps: Sequence[float], title: str, n_labels: int = 10) -> str:
+    """Mean effects [layer, head] and [layer] on one scale around 0, the MLPs apart; the largest are written out.
+
+    The colours span what heads do: an MLP that does more is darkest, with its number in it. NaN is left blank.
+    """
+    grid = np.column_stack([np.asarray(heads, float), np.asarray(mlps, float)])
+    n_layers, n_heads = grid.shape[0], grid.shape[1] - 1
+    finite = np.nan_to_num(np.abs(grid))
+    limit = float(finite[:, :n_heads].max(initial=0.0)) or float(finite.max(initial=0.0)) or 1.0
+    beyond = bool((finite > limit).any())
     with mpl.rc_context(_STYLE):
-        grid = np.column_stack([np.asarray(heads, float), np.full(len(mlps), np.nan), np.asarray(mlps, float)])
-        n_layers, n_columns = grid.shape
-        figure, axes = _figure(2.2 + 0.34 * n_columns, 1.5 + 0.22 * n_layers)
-        limit = np.nanmax(np.abs(grid)) or 1.0
-        image = axes.imshow(grid, cmap="RdBu", vmin=-limit, vmax=limit, origin="lower", aspect="auto")
-        axes.set_xticks([*range(n_columns - 2), n_columns - 1], [*(str(head) for head in range(n_columns - 2)), "MLP"])
-        axes.set_yticks(range(0, n_layers, max(1, n_layers // 15)))
-        axes.set_xlabel("head")
-        axes.set_ylabel("layer")
-        axes.set_title(title, loc="left", fontsize=10)
-        for index in np.argsort(-np.abs(np.nan_to_num(grid)), axis=None)[:n_labels]:
-            row, column = np.unravel_index(index, grid.shape)
-            value = grid[row, column]
-            colour = "white" if abs(value) > 0.55 * limit else INK
-            axes.text(column, row, f"{value:.1f}", ha="center", va="center", fontsize=6.5, color=colour)
-        figure.colorbar(image, ax=axes, shrink=0.8, pad=0.02, label="change of the logit difference")
+        cell = (0.31, 0.3) if n_layers >= DEEP else (0.4, 0.3)
+        figure, axes, deep = _layer_grid(n_layers, n_heads, title, cell=cell, below=0.6, right=0.8)
+        edges = [*(np.arange(n_heads + 1) - 0.5), n_heads, n_heads + 1]
+        cells = np.insert(np.ma.masked_invalid(grid), n_heads, np.ma.masked, axis=1)
+        layers, colours = np.arange(n_layers + 1) - 0.5, Normalize(-limit, limit)
+        mesh = (layers, edges, cells.T) if deep else (edges, layers, cells)
+        scale = axes.pcolormesh(*mesh, cmap="RdBu", norm=colours, edgecolors="white", linewidth=0.6)
+        for layer, column in sorted(np.ndindex(grid.shape), key=lambda at: -finite[at])[:n_labels]:
+            value = grid[layer, column]
+            if abs(value) >= 0.02 * limit:
+                ink = "white" if abs(value) > 0.6 * limit else INK
+                place = _place(layer, column, n_heads, deep)
+                axes.text(*place, _short(value), ha="center", va="center", fontsize=6.5, color=ink)
+        bar = _colour_bar_axes(figure, axes)
+        figure.colorbar(scale, cax=bar, extend="both" if beyond else "neither")
+        bar.tick_params(labelsize=8, length=0)
         return _svg(figure)
 
 
 def overlay_figure(circuits: Mapping[str, Circuit], n_layers: int, n_heads: int, title: str) -> str:
     """Circuits of several tasks on one grid of heads and MLPs: a colour per task, nodes of all tasks ringed."""
+    legend = [(task_colour(i), _legend_text(task, circuit)) for i, (task, circuit) in enumerate(circuits.items())]
+    several = len(circuits) > 1
+    cell = 0.34 if n_layers >= DEEP or n_heads > 8 else 0.44
+    n_lines = len(legend) + several
+    widest = max((len(text) for _, text in legend), default=0)
     with mpl.rc_context(_STYLE):
-        wide = n_layers > 16
-        # A deep model lies on its side: layers from left to right.
-        columns = n_heads + 1.5
-        size = (1.2 + 0.33 * n_layers, 1.6 + 0.33 * columns) if wide else (1.6 + 0.42 * columns, 1.7 + 0.42 * n_layers)
-        figure, axes = _figure(max(size[0], 5.2), size[1])
-        colours = dict(zip(circuits, PALETTE, strict=False))
-        for layer in range(n_layers):
-            for head in range(n_heads + 1):
-                column = head if head < n_heads else n_heads + 0.5
-                centre = (layer, column) if wide else (column, layer)
-                of = [
-                    task
-                    for task, circuit in circuits.items()
-                    if ((layer, head) in circuit.heads if head < n_heads else layer in circuit.mlps)
-                ]
-                _node(axes, centre, [colours[task] for task in of], len(of) == len(circuits) > 1)
-        heads, mlp = [str(head) for head in range(n_heads)], n_heads + 0.5
-        layers = range(0, n_layers, max(1, n_layers // 15))
-        if wide:
-            axes.set(xticks=layers, xlabel="layer", ylabel="head", yticks=[*range(n_heads), mlp])
-            axes.set_yticklabels([*heads, "MLP"])
-            axes.set(xlim=(-0.7, n_layers - 0.3), ylim=(-0.7, n_heads + 1.2))
-        else:
-            axes.set(yticks=layers, ylabel="layer", xlabel="head", xticks=[*range(n_heads), mlp])
-            axes.set_xticklabels([*heads, "MLP"])
-            axes.set(ylim=(-0.7, n_layers - 0.3), xlim=(-0.7, n_heads + 1.2))
-        axes.set_aspect("equal")
-        axes.set_title(title, loc="left", fontsize=10)
-        for task, circuit in circuits.items():
-            score = f", score {circuit.score:.0f}" if circuit.score is not None else ""
-            label = f"{task.replace('_', ' ')}: {len(circuit.heads)} heads, {len(circuit.mlps)} MLPs{score}"
-            axes.plot([], [], "o", color=colours[task], label=label)
-        if len(circuits) > 1:
-            axes.plot([], [], "o", color="white", markeredgecolor=INK, markeredgewidth=1.4, label="in every circuit")
-        figure.legend(loc="outside lower left", frameon=False, fontsize=8, ncols=2)
+        figure, axes, deep = _layer_grid(
+            n_layers,
+            n_heads,
+            title,
+            cell=(cell, cell),
+            below=0.62 + 0.22 * n_lines,
+            min_width=0.6 + _LETTER_INCHES * widest,
+        )
+        nodes = {
+            (layer, column): [i for i, circuit in enumerate(circuits.values()) if _has(circuit, layer, column, n_heads)]
+            for layer in range(n_layers)
+            for column in range(n_heads + 1)
+        }
+        where = {at: _place(*at, n_heads, deep) for at in nodes}
+        size = 72 * cell * 0.74
+        shared = [where[at] for at, tasks in nodes.items() if several and len(tasks) == len(circuits)]
+        _bands(axes, n_layers, n_heads, deep)
+        _marks(axes, [where[at] for at, tasks in nodes.items() if not tasks], size * 0.22, facecolor=FAINT)
+        for tasks in sorted({tuple(tasks) for tasks in nodes.values()} - {()}):
+            places = [where[at] for at, of in nodes.items() if tuple(of) == tasks]
+            _segments(axes, places, size, [task_colour(i) for i in tasks])
+        _marks(axes, shared, size * 1.16, facecolor="none", edgecolor=INK, linewidth=1.7)
+        _legend(figure, legend, _shared_text(nodes, circuits, n_heads) if several else None)
         return _svg(figure)
-
-
-def _node(axes: Axes, centre: tuple[float, float], colours: Sequence[str], shared: bool) -> None:
-    if not colours:
-        axes.add_patch(Circle(centre, 0.1, color=FAINT, linewidth=0))
-        return
-    step = 360 / len(colours)
-    for i, colour in enumerate(colours):
-        axes.add_patch(Wedge(centre, 0.36, 90 + i * step, 90 + (i + 1) * step, color=colour, linewidth=0))
-    if shared:
-        axes.add_patch(Circle(centre, 0.4, fill=False, edgecolor=INK, linewidth=1.4))
 
 
 def matrix_figure(
     values: Sequence[Sequence[float]], rows: Sequence[str], columns: Sequence[str], title: str, fmt: str = "{:.2f}"
 ) -> str:
-    """A small matrix with its numbers written in the cells."""
+    """A small matrix [row, column] with its numbers written in the cells."""
+    grid = np.asarray(values, float).reshape(len(rows), len(columns))
+    finite = grid[np.isfinite(grid)]
+    low = min(0.0, float(finite.min(initial=0.0)))
+    high = max(float(finite.max(initial=0.0)), 1e-9)
+    row_names, column_names = [_stacked(name) for name in rows], [_stacked(name) for name in columns]
+    width = max(0.75, 0.1 + _inches(column_names))
     with mpl.rc_context(_STYLE):
-        grid = np.asarray(values, float)
-        figure, axes = _figure(1.9 + 0.95 * len(columns), 1.2 + 0.5 * len(rows))
-        low, high = min(0.0, float(grid.min())), max(float(grid.max()), 1e-9)
-        axes.imshow(grid, cmap="GnBu", vmin=low, vmax=high * 1.15, aspect="auto")
-        axes.set_xticks(range(len(columns)), [name.replace("_", " ") for name in columns])
-        axes.set_yticks(range(len(rows)), [name.replace("_", " ") for name in rows])
-        axes.set_title(title, loc="left", fontsize=10)
+        figure, axes = _boxed(width * len(columns), 0.46 * len(rows), title, 0.25 + _inches(row_names), 0.15, 0.5)
+        axes.pcolormesh(grid, cmap="GnBu", vmin=low, vmax=high * 1.15, edgecolors="white", linewidth=1)
+        axes.set(xlim=(0, len(columns)), ylim=(len(rows), 0))
+        axes.set_xticks(np.arange(len(columns)) + 0.5, column_names)
+        axes.set_yticks(np.arange(len(rows)) + 0.5, row_names)
         for (row, column), value in np.ndenumerate(grid):
-            dark = value > low + 0.7 * (high - low)
-            axes.text(column, row, fmt.format(value), ha="center", va="center", color="white" if dark else INK)
+            text = fmt.format(value).replace("-", "−") if math.isfinite(value) else "–"
+            ink = "white" if value > low + 0.7 * (high - low) else INK
+            axes.text(column + 0.5, row + 0.5, text, ha="center", va="center", color=ink)
         return _svg(figure)
 
 
-def drops_figure(drops: Mapping[str, float], title: str, n_most: int = 24) -> str:
+def drops_figure(drops: Mapping[str, float], title: str, n_most: int = 30) -> str:
     """Points of score that a circuit loses without each of its nodes, the dearest first."""
+    dearest = sorted(drops.items(), key=lambda item: -item[1])[:n_most]
+    more = f" (the {n_most} dearest of {len(drops)})" if len(drops) > n_most else ""
     with mpl.rc_context(_STYLE):
-        largest = sorted(drops.items(), key=lambda item: -item[1])[:n_most]
-        figure, axes = _figure(1.5 + 0.3 * max(len(largest), 8), 2.4)
-        colours = [PALETTE[1] if name.startswith("m") else PALETTE[0] for name, _ in largest]
-        axes.bar([name for name, _ in largest], [drop for _, drop in largest], color=colours)
-        axes.axhline(0, color=INK, linewidth=0.6)
-        axes.tick_params(axis="x", rotation=60)
+        figure, axes = _boxed(max(0.29 * len(dearest), 3.0), 1.6, title + more, 0.6, 0.15, 0.65)
+        for kind, colour in (("head", PALETTE[0]), ("MLP", PALETTE[1])):
+            at = [x for x, (node, _) in enumerate(dearest) if node.startswith("m") == (kind == "MLP")]
+            if at:
+                axes.bar(at, [dearest[x][1] for x in at], color=colour, width=0.72, label=kind)
+        axes.axhline(0, color=SOFT, linewidth=0.6)
+        axes.set_xticks(range(len(dearest)), [node for node, _ in dearest], rotation=60, fontsize=8)
+        axes.set_xlim(-0.6, max(len(dearest), 10) - 0.4)
         axes.set_ylabel("points lost")
-        axes.set_title(title, loc="left", fontsize=10)
+        if dearest:
+            axes.legend(frameon=False, loc="upper right")
+        return _svg(figure)
+
+
+def trace_figure(trace: Sequence[TraceStep], title: str, threshold: float | None = None) -> str:
+    """A discovery, candidate by candidate: what the score would be without it (dots), and the score so far (line)."""
+    x = np.arange(1, len(trace) + 1)
+    without = np.array([step.score_without for step in trace], float)
+    removed = np.array([step.removed for step in trace], bool)
+    so_far = [100.0]
+    for step in trace:
+        so_far.append(step.score_without if step.removed else so_far[-1])
+    # One candidate may cost thousands of points; the line is what is looked for.
+    low = min(0.0, *so_far) - 6
+    with mpl.rc_context(_STYLE):
+        figure, axes = _boxed(8.7, 1.9, title, 0.6, 0.15, 0.55)
+        for boundary in [i for i in range(1, len(trace)) if trace[i].sweep != trace[i - 1].sweep]:
+            axes.axvline(boundary + 0.5, color=FAINT, linewidth=1, linestyle=":")
+        if threshold is not None:
+            axes.axhline(100 - threshold, color=SOFT, linewidth=0.8, linestyle="--")
+        shown = np.maximum(without, low + 2)
+        axes.plot(x[removed], shown[removed], "o", color=PALETTE[4], markersize=3, label="removed")
+        axes.plot(x[~removed], shown[~removed], "o", color=PALETTE[5], markersize=3, label="kept")
+        axes.step([0, *x], so_far, where="post", color=INK, linewidth=1.2, zorder=1, label="score of what is left")
+        axes.set(xlim=(0, len(trace) + 1), ylabel="score")
+        axes.set_ylim(bottom=low)
+        axes.set_xlabel("candidate (dotted lines: a new sweep; dashed: the threshold)")
+        axes.legend(frameon=False, fontsize=8, ncols=3, loc="lower left")
         return _svg(figure)
 
 
 def random_figure(scores: Mapping[str, float], baselines: Mapping[str, Sequence[float]], title: str) -> str:
-    """Each task's circuit (line) beside random circuits of the same size (dots)."""
+    """Each task's circuit (diamond) beside random circuits of the same size (dots)."""
+    names = [_stacked(task) for task in scores]
     with mpl.rc_context(_STYLE):
-        figure, axes = _figure(5.4, 0.9 + 0.5 * len(scores))
+        figure, axes = _boxed(3.7, 0.46 * len(scores), title, 0.25 + _inches(names), 0.4, 0.55)
+        axes.axvline(0, color=FAINT, linewidth=1, zorder=0)
+        axes.axvline(100, color=FAINT, linewidth=1, zorder=0)
         for row, (task, score) in enumerate(scores.items()):
             values = [value for value in baselines.get(task, ()) if math.isfinite(value)]
             axes.plot(values, [row] * len(values), "o", color="#8a90a0", alpha=0.5, markersize=5, markeredgewidth=0)
-            axes.plot([score], [row], "D", color=PALETTE[row % len(PALETTE)], markersize=8)
-        axes.set_yticks(range(len(scores)), [task.replace("_", " ") for task in scores])
+            axes.plot([score], [row], "D", color=task_colour(row), markersize=8)
+            axes.annotate(f"{score:.0f}", (score, row), (9, 0), textcoords="offset points", va="center")
+        axes.set_yticks(range(len(scores)), names)
         axes.set_ylim(len(scores) - 0.5, -0.5)
-        axes.axvline(0, color=FAINT, linewidth=1, zorder=0)
-        axes.axvline(100, color=FAINT, linewidth=1, zorder=0)
-        axes.set_xlabel("score: the circuit found (diamond), random circuits of equal size (dots)")
-        axes.set_title(title, loc="left", fontsize=10)
+        axes.set_xlabel("score (diamond: the circuit found; dots: random ones)")
         return _svg(figure)
+
+
+def _boxed(width: float, height: float, title: str, left: float, right: float, below: float) -> tuple[Figure, Axes]:
+    """A figure with a title and one plot of width × height inches, with given margins or as much as the title needs."""
+    whole = (max(left + width + right, 0.2 + 1.2 * _LETTER_INCHES * len(title)), below + height + 0.42)
+    figure = Figure(figsize=whole, facecolor="white")
+    FigureCanvasSVG(figure)
+    axes = figure.add_axes((left / whole[0], below / whole[1], width / whole[0], height / whole[1]))
+    axes.spines[["top", "right", "left", "bottom"]].set_visible(False)
+    axes.set_facecolor("none")
+    axes.tick_params(length=0)
+    figure.text(0.1 / whole[0], 1 - 0.12 / whole[1], title, ha="left", va="top", fontsize=10.5, fontweight="bold")
+    return figure, axes
+
+
+def _layer_grid(
+    n_layers: int,
+    n_heads: int,
+    title: str,
+    *,
+    cell: tuple[float, float],
+    below: float,
+    right: float = 0.2,
+    min_width: float = 0.0,
+) -> tuple[Figure, Axes, bool]:
+    """Axes of layers against heads with the MLPs apart, a cell of given inches; whether layers run to the right."""
+    deep = n_layers >= DEEP
+    across = n_heads + 1.5
+    n_x, n_y = (n_layers, across) if deep else (across, n_layers)
+    width, height = cell[0] * n_x, cell[1] * n_y
+    margin = max(right, min_width - width - 0.75)
+    figure, axes = _boxed(width, height, title, 0.75, margin, below)
+    columns = [_place(0, column, n_heads, deep)[1 if deep else 0] for column in range(n_heads + 1)]
+    step = 1 if n_heads <= 16 else 2 if n_heads <= 32 else 4
+    column_ticks = [*columns[:-1:step], columns[-1]]
+    column_names = [*map(str, range(0, n_heads, step)), "MLP"]
+    layer_ticks = range(0, n_layers, 1 if n_layers <= 40 else 4)
+    along, other = (axes.xaxis, axes.yaxis) if deep else (axes.yaxis, axes.xaxis)
+    along.set_ticks(layer_ticks)
+    other.set_ticks(column_ticks, column_names)
+    axes.set(xlim=(-0.5, n_x - 0.5), ylim=(-0.5, n_y - 0.5))
+    axes.set(xlabel="layer" if deep else "head", ylabel="head" if deep else "layer")
+    return figure, axes, deep
+
+
+def _place(layer: int, column: int, n_heads: int, deep: bool) -> tuple[float, float]:
+    """Where a head (column < n_heads) or an MLP (column n_heads, half a cell apart) is drawn."""
+    across = column if column < n_heads else n_heads + 0.5
+    return (layer, across) if deep else (across, layer)
+
+
+def _has(circuit: Circuit, layer: int, column: int, n_heads: int) -> bool:
+    return (layer, column) in circuit.heads if column < n_heads else layer in circuit.mlps
+
+
+def _bands(axes: Axes, n_layers: int, n_heads: int, deep: bool) -> None:
+    """Every second layer on a faint ground, so that the eye can follow it."""
+    for layer in range(0, n_layers, 2):
+        corner, size = (layer - 0.5, -0.5), (1.0, n_heads + 1.5)
+        if not deep:
+            corner, size = corner[::-1], size[::-1]
+        axes.add_patch(Rectangle(corner, *size, facecolor=BAND, linewidth=0, zorder=0))
+
+
+def _marks(axes: Axes, places: Sequence[tuple[float, float]], points: float, **style: Any) -> None:
+    """Discs of a diameter in points."""
+    _stamp(axes, Path.circle(radius=0.5), places, points, **({"linewidth": 0} | style))
+
+
+def _segments(axes: Axes, places: Sequence[tuple[float, float]], points: float, colours: Sequence[str]) -> None:
+    """Discs of a diameter in points, split evenly between colours, from the top to the right."""
+    for i, colour in enumerate(colours):
+        end, start = 90 - 360 * i / len(colours), 90 - 360 * (i + 1) / len(colours)
+        half = Path.wedge(start, end) if len(colours) > 1 else Path.circle()
+        wedge = Path(half.vertices * 0.5, half.codes)
+        _stamp(axes, wedge, places, points, facecolor=colour, edgecolor="white", linewidth=0.7 * (len(colours) > 1))
+
+
+def _stamp(axes: Axes, path: Path, places: Sequence[tuple[float, float]], points: float, **style: Any) -> None:
+    # One shape used many times: a fifth of the text of separate patches.
+    if places:
+        stamps = PathCollection(
+            [path],
+            sizes=[points**2],
+            offsets=places,
+            offset_transform=axes.transData,
+            transform=IdentityTransform(),
+            zorder=2,
+            **style,
+        )
+        axes.add_collection(stamps, autolim=False)
+
+
+def _legend_text(task: str, circuit: Circuit) -> str:
+    kept = f", {circuit.score:.0f} % of the logit difference" if circuit.score is not None else ""
+    return f"{words(task)}: {_count(len(circuit.heads), 'head')} and {_count(len(circuit.mlps), 'MLP')}{kept}"
+
+
+def _shared_text(
+    nodes: Mapping[tuple[int, int], Sequence[int]], circuits: Mapping[str, Circuit], n_heads: int
+) -> tuple[list[str], str]:
+    columns = [column for (_, column), tasks in nodes.items() if len(tasks) == len(circuits)]
+    n_mlps = columns.count(n_heads)
+    text = f"in every circuit: {_count(len(columns) - n_mlps, 'head')} and {_count(n_mlps, 'MLP')}"
+    return [task_colour(i) for i in range(len(circuits))], text
+
+
+def _count(n: int, noun: str) -> str:
+    return f"{n} {noun}{'' if n == 1 else 's'}"
+
+
+def _legend(figure: Figure, lines: Sequence[tuple[str, str]], shared: tuple[list[str], str] | None) -> None:
+    """Lines at the foot of the figure, each with a disc like those of the grid."""
+    width, height = figure.get_size_inches()
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.set(xlim=(0, width), ylim=(0, height))
+    axes.axis("off")
+    entries: list[tuple[list[str], str, bool]] = [([colour], text, False) for colour, text in lines]
+    if shared is not None:
+        entries.append((*shared, True))
+    for i, (colours, text, ringed) in enumerate(reversed(entries)):
+        place = (0.32, 0.2 + 0.22 * i)
+        _segments(axes, [place], 9, colours)
+        if ringed:
+            _marks(axes, [place], 11, facecolor="none", edgecolor=INK, linewidth=1.5)
+        axes.text(0.5, place[1], text, va="center_baseline")
+
+
+def _colour_bar_axes(figure: Figure, axes: Axes) -> Axes:
+    box = axes.get_position()
+    width, height = figure.get_size_inches()
+    tall = min(box.height, 2.6 / height)
+    return figure.add_axes((box.x1 + 0.18 / width, box.y0 + (box.height - tall) / 2, 0.13 / width, tall))
+
+
+def _stacked(name: str) -> str:
+    """A task's name, a word a line."""
+    return name.replace("_", "\n")
+
+
+def _inches(names: Sequence[str]) -> float:
+    """Width that the longest line of some names needs."""
+    return _LETTER_INCHES * max((len(line) for name in names for line in name.split("\n")), default=0)
+
+
+def _short(value: float) -> str:
+    """Two figures, with the sign that a minus has in print."""
+    digits = 0 if abs(value) >= 9.95 else 1 if abs(value) >= 0.995 else 2
+    return f"{value:.{digits}f}".replace("-", "−")
+
+
+def _svg(figure: Figure) -> str:
+    text = io.StringIO()
+    save: Callable[..., None] = figure.savefig
+    save(text, format="svg", metadata={"Date": None, "Creator": None, "Type": None, "Format": None})
+    svg = text.getvalue()
+    return svg[svg.index("<svg") :]

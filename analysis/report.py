@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -15,92 +18,155 @@ from subcircuit.analysis.store import RunDirectory
 
 
 def write_report(directory: RunDirectory) -> Path:
-    """Render the report and its figures into the run directory; returns the page's path."""
-    directory.write_text("report.html", render_report(directory))
+    """Write `report.html`, and its figures to `figures/`, into the run directory; returns the page's path.
+
+    Raises StoreError, naming the file, when one of the run's files cannot be read.
+    """
+    models = _models(directory)
+    for model in models:
+        for name, svg in model["drawn"].items():
+            directory.write_text(f"figures/{model['slug']}.{name}.svg", svg)
+    directory.write_text("report.html", _page(directory, models))
     return directory.path / "report.html"
 
 
 def render_report(directory: RunDirectory) -> str:
-    """The report as HTML text. Figures are also written to `figures/`. Stages without a result are left out."""
-    environment = Environment(loader=PackageLoader("subcircuit.analysis"), autoescape=True, trim_blocks=True)
-    environment.filters["words"] = lambda name: name.replace("_", " ")
-    models = [_model_values(directory, model) for model in directory.run["models"]]
-    return environment.get_template("report.html").render(run=directory.run, models=models)
+    """The report as HTML text. What a run has not done, or not yet, is left out.
+
+    Raises StoreError, naming the file, when one of the run's files cannot be read.
+    """
+    return _page(directory, _models(directory))
+
+
+def _page(directory: RunDirectory, models: list[dict[str, Any]]) -> str:
+    environment = Environment(
+        loader=PackageLoader("subcircuit.analysis"), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {"words": figures.words, "number": _number, "duration": _duration, "listed": _listed}
+    seconds = sum(directory.run.get("timings", {}).values())
+    return environment.get_template("report.html").render(run=directory.run, models=models, seconds=seconds)
+
+
+def _models(directory: RunDirectory) -> list[dict[str, Any]]:
+    return [_model_values(directory, model) for model in directory.run.get("models", ())]
 
 
 def _model_values(directory: RunDirectory, model: dict[str, Any]) -> dict[str, Any]:
     slug = model["slug"]
-    tasks = [name for name in directory.run["tasks"] if directory.has(f"circuits/{slug}.{name}.json")]
-    circuits = {name: Circuit.from_dict(directory.read_json(f"circuits/{slug}.{name}.json")) for name in tasks}
-    results = {
-        name: directory.read_json(f"results/{slug}.{name}.json")
-        for name in tasks
-        if directory.has(f"results/{slug}.{name}.json")
-    }
-    compare_file = f"results/{slug}.compare.json"
-    compare = directory.read_json(compare_file) if directory.has(compare_file) else None
+    circuits: dict[str, Circuit] = {}
+    results: dict[str, dict[str, Any]] = {}
+    for name in directory.run.get("tasks", ()):
+        if directory.has(f"circuits/{slug}.{name}.json"):
+            circuits[name] = Circuit.load(directory.path / "circuits" / f"{slug}.{name}.json")
+            results[name] = _optional(directory, f"results/{slug}.{name}.json")
+    compare = _optional(directory, f"results/{slug}.compare.json")
     drawn = _figures(model, circuits, results, compare)
-    for name, svg in drawn.items():
-        directory.write_text(f"figures/{slug}.{name}.svg", svg)
     return {
         **model,
-        "tasks": [_task_values(name, circuits[name], results.get(name)) for name in tasks],
+        "n_nodes": model["n_layers"] * (model["n_heads"] + 1),
+        "tasks": [_task_values(i, name, circuits[name], results[name]) for i, name in enumerate(circuits)],
         "compare": compare,
-        "figures": {name: Markup(svg) for name, svg in drawn.items()},
-        "timings": {
-            stage.split(": ", 1)[1]: seconds
-            for stage, seconds in directory.run["timings"].items()
-            if stage.startswith(f"{slug}: ")
-        },
+        "shared_scores": _shared_scores(compare),
+        "drawn": drawn,
+        "figures": {name: _inline(svg, f"{slug}.{name}") for name, svg in drawn.items()},
+        "seconds": sum(
+            seconds for stage, seconds in directory.run.get("timings", {}).items() if stage.startswith(f"{slug}: ")
+        ),
     }
 
 
-def _task_values(name: str, circuit: Circuit, result: dict[str, Any] | None) -> dict[str, Any]:
-    steps = [
-        {"number": number, "sweep": step.sweep, "direction": step.direction, "node": step.node}
-        | {"score": step.score_without, "removed": step.removed}
-        for number, step in enumerate(circuit.trace, 1)
-    ]
-    values: dict[str, Any] = {"name": name, "circuit": circuit, "trace": steps, "result": result}
-    if result is not None:
-        values["drops"] = sorted(result["drops"].items(), key=lambda item: -item[1])
-        values["random_mean"] = mean(result["random_scores"])
-        values["random_best"] = max(result["random_scores"])
-    return values
+def _optional(directory: RunDirectory, file: str) -> dict[str, Any]:
+    found: dict[str, Any] = directory.read_json(file) if directory.has(file) else {}
+    return found
+
+
+def _shared_scores(compare: Mapping[str, Any]) -> list[float]:
+    """What the nodes that all circuits share keep of each task, without the rest of its circuit."""
+    if "shared" not in compare.get("cross_task_columns", ()):
+        return []
+    column = compare["cross_task_columns"].index("shared")
+    return [row[column] for row in compare["cross_task"]]
+
+
+def _task_values(index: int, name: str, circuit: Circuit, result: Mapping[str, Any]) -> dict[str, Any]:
+    baseline = [value for value in result.get("random_scores", ()) if math.isfinite(value)]
+    return {
+        "name": name,
+        "colour": figures.task_colour(index),
+        "circuit": circuit,
+        "result": result,
+        "drops": sorted(result.get("drops", {}).items(), key=lambda item: -item[1]),
+        "n_random": len(baseline),
+        "random_mean": mean(baseline) if baseline else None,
+        "random_best": max(baseline) if baseline else None,
+    }
 
 
 def _figures(
-    model: dict[str, Any],
-    circuits: dict[str, Circuit],
-    results: dict[str, dict[str, Any]],
-    compare: dict[str, Any] | None,
+    model: Mapping[str, Any],
+    circuits: Mapping[str, Circuit],
+    results: Mapping[str, Mapping[str, Any]],
+    compare: Mapping[str, Any],
 ) -> dict[str, str]:
+    """SVG texts by name; `months.effects` for those of one task."""
     drawn: dict[str, str] = {}
     if circuits:
-        title = f"{model['name']}: circuits of {len(circuits)} tasks"
+        tasks = " and ".join(figures.words(", ".join(circuits)).rsplit(", ", 1))
+        title = f"{model['name']}: what does {tasks}"
         drawn["overlay"] = figures.overlay_figure(circuits, model["n_layers"], model["n_heads"], title)
-    for name, result in results.items():
-        title = f"{name.replace('_', ' ')}: effect of patching each head and MLP"
-        drawn[f"{name}.effects"] = figures.heatmap_figure(result["heads"], result["mlps"], title)
-        if result["drops"]:
-            title = f"{name.replace('_', ' ')}: what the circuit loses without a node"
+    for name, circuit in circuits.items():
+        result, task = results[name], figures.words(name)
+        if "heads" in result and "mlps" in result:
+            title = f"{task}: effect of patching a head or MLP"
+            drawn[f"{name}.effects"] = figures.heatmap_figure(result["heads"], result["mlps"], title)
+        if result.get("drops"):
+            title = f"{task}: what the circuit loses without a node"
             drawn[f"{name}.drops"] = figures.drops_figure(result["drops"], title)
-    scores = {
-        name: circuit.score for name, circuit in circuits.items() if circuit.score is not None and name in results
-    }
-    if scores:
-        baselines = {name: results[name]["random_scores"] for name in scores}
-        drawn["random"] = figures.random_figure(scores, baselines, "circuits against random ones")
-    if compare is not None:
-        tasks = compare["tasks"]
-        drawn["overlap"] = figures.matrix_figure(
-            compare["jaccard_heads"], tasks, tasks, "heads in common (Jaccard index)"
-        )
-        drawn["cross_task"] = figures.matrix_figure(
-            compare["cross_task"],
-            tasks,
-            compare["cross_task_columns"],
-            "score of each circuit (column) on each task (row)",
-            "{:.0f}",
-        )
+        if circuit.trace:
+            threshold = circuit.settings.get("threshold")
+            drawn[f"{name}.trace"] = figures.trace_figure(circuit.trace, f"{task}: how it was found", threshold)
+    scores = {name: circuit.score for name, circuit in circuits.items() if circuit.score is not None}
+    baselines = {name: results[name].get("random_scores", ()) for name in scores}
+    if any(baselines.values()):
+        drawn["random"] = figures.random_figure(scores, baselines, "Circuits against random ones of equal size")
+    if compare:
+        tasks, columns = compare["tasks"], compare["cross_task_columns"]
+        title = "Heads in common (Jaccard index)"
+        drawn["overlap"] = figures.matrix_figure(compare["jaccard_heads"], tasks, tasks, title)
+        title = "Heads and MLPs in common (Jaccard index)"
+        drawn["overlap_nodes"] = figures.matrix_figure(compare["jaccard_nodes"], tasks, tasks, title)
+        title = "Score of each circuit (column) on each task (row)"
+        drawn["cross_task"] = figures.matrix_figure(compare["cross_task"], tasks, columns, title, "{:.0f}")
     return drawn
+
+
+def _inline(svg: str, name: str) -> Markup:
+    """A figure as part of a page: its ids made the page's only ones of that name."""
+    prefix = re.sub(r"[^A-Za-z0-9_-]", "-", name)
+    # Text in a figure is escaped, so that only attributes have a quote after the equals sign.
+    svg = re.sub(r'(\bid=")', rf"\g<1>{prefix}-", svg)
+    svg = re.sub(r'(\bhref="#|url\(#)', rf"\g<1>{prefix}-", svg)
+    return Markup(svg.replace("<svg ", '<svg role="img" ', 1))
+
+
+def _number(value: float | None, digits: int = 0) -> str:
+    """With the sign that a minus has in print, and no minus before zero; a dash for none."""
+    if value is None or not math.isfinite(value):
+        return "–"
+    text = f"{value:.{digits}f}"
+    return text.removeprefix("-") if float(text) == 0 else text.replace("-", "−")
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 99.5:
+        return f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
+
+
+def _listed(value: Any) -> str:
+    """A setting as it is read."""
+    if isinstance(value, list | tuple):
+        return ", ".join(map(str, value))
+    return {None: "–", True: "yes", False: "no"}.get(value, str(value)) if not isinstance(value, dict) else str(value)
