@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -20,7 +21,7 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.path import Path
-from matplotlib.transforms import IdentityTransform
+from matplotlib.transforms import Affine2D, IdentityTransform
 
 from subcircuit.analysis.circuit import Circuit, TraceStep
 
@@ -35,6 +36,7 @@ _STYLE: dict[Any, Any] = {
     "font.family": "sans-serif",
     "font.size": 9,
     "svg.fonttype": "none",
+    "text.parse_math": False,  # a dollar sign in a name is one
     "svg.hashsalt": "subcircuit",  # the same picture twice is the same file
     "axes.edgecolor": FAINT,
     "text.color": INK,
@@ -74,7 +76,7 @@ def heatmap_figure(heads: Sequence[Sequence[float]], mlps: Sequence[float], titl
         mesh = (layers, edges, cells.T) if deep else (edges, layers, cells)
         scale = axes.pcolormesh(*mesh, cmap="RdBu", norm=colours, edgecolors="white", linewidth=0.6)
         for layer, column in sorted(np.ndindex(grid.shape), key=lambda at: -finite[at])[:n_labels]:
-            value = grid[layer, column]
+            value = float(grid[layer, column])
             if abs(value) >= 0.02 * limit:
                 ink = "white" if abs(value) > 0.6 * limit else INK
                 place = _place(layer, column, n_heads, deep)
@@ -277,8 +279,8 @@ def _segments(axes: Axes, places: Sequence[tuple[float, float]], points: float, 
     """Discs of a diameter in points, split evenly between colours, from the top to the right."""
     for i, colour in enumerate(colours):
         end, start = 90 - 360 * i / len(colours), 90 - 360 * (i + 1) / len(colours)
-        half = Path.wedge(start, end) if len(colours) > 1 else Path.circle()
-        wedge = Path(half.vertices * 0.5, half.codes)
+        whole = Path.wedge(start, end) if len(colours) > 1 else Path.circle()
+        wedge = whole.transformed(Affine2D().scale(0.5))
         _stamp(axes, wedge, places, points, facecolor=colour, edgecolor="white", linewidth=0.7 * (len(colours) > 1))
 
 
@@ -360,4 +362,5 @@ def _svg(figure: Figure) -> str:
     save: Callable[..., None] = figure.savefig
     save(text, format="svg", metadata={"Date": None, "Creator": None, "Type": None, "Format": None})
     svg = text.getvalue()
-    return svg[svg.index("<svg") :]
+    # matplotlib repeats every text as a comment.
+    return re.sub(r"\s*<!--.*?-->", "", svg[svg.index("<svg") :], flags=re.DOTALL)

@@ -143,7 +143,6 @@ def _figures(
 def _inline(svg: str, name: str) -> Markup:
     """A figure as part of a page: its ids made the page's only ones of that name."""
     prefix = re.sub(r"[^A-Za-z0-9_-]", "-", name)
-    # Text in a figure is escaped, so that only attributes have a quote after the equals sign.
     svg = re.sub(r'(\bid=")', rf"\g<1>{prefix}-", svg)
     svg = re.sub(r'(\bhref="#|url\(#)', rf"\g<1>{prefix}-", svg)
     return Markup(svg.replace("<svg ", '<svg role="img" ', 1))
