@@ -8,10 +8,12 @@ import io
 import json
 import platform
 import re
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from datetime import UTC, datetime
 from importlib import metadata
 from typing import Any
 
@@ -21,12 +23,13 @@ from subcircuit.analysis.circuit import Circuit, intersection, union
 from subcircuit.analysis.compare import cross_task_scores, jaccard_matrix
 from subcircuit.analysis.discover import Direction, discover
 from subcircuit.analysis.faithfulness import Ablation, node_drops, random_circuits
-from subcircuit.analysis.metrics import is_top
+from subcircuit.analysis.metrics import is_top, logit_difference
 from subcircuit.analysis.report import write_report
 from subcircuit.analysis.store import RunDirectory
 from subcircuit.analysis.sweep import Scores, sweep
-from subcircuit.analysis.tasks import Task
+from subcircuit.analysis.tasks import Task, task_names
 from subcircuit.analysis.tasks import task as build_task
+from subcircuit.engine.config import ModelConfig, RopeScaling
 from subcircuit.engine.errors import StoreError, TaskError
 from subcircuit.engine.model import HookedTransformer
 from subcircuit.engine.patching import Site
@@ -37,11 +40,20 @@ Progress = Callable[[str, int, int], None]
 """Called with (what is being done, units done, units in all)."""
 
 N_EXAMPLES = 4
+N_TOP = 3
+"""Tokens that an example shows of what the model expects."""
+LOGIT_BYTES = 2**28
+"""Prompts are run so many at a time that their logits take no more than this."""
+SMALL_MODEL = 10_000_000
+"""Parameters up to which a model's tensors are too small to share between threads."""
 
 
 @dataclass(frozen=True)
 class StudySettings:
-    """What a study depends on; a run is resumed only with the same ones."""
+    """What a study depends on; a run is resumed only with the same ones.
+
+    `n_random` is how many random circuits are scored per task; None is 50 for a small model and 10 for another.
+    """
 
     models: tuple[str, ...]
     tasks: tuple[str, ...]
@@ -56,7 +68,7 @@ class StudySettings:
     precision: Precision = "fp32"
     executor: Executor = "torch"
     dtype: str = "float32"
-    n_random: int = 20
+    n_random: int | None = None
 
 
 def study(
@@ -70,34 +82,107 @@ def study(
 ) -> RunDirectory:
     """Find the circuit of every task in every model, compare them, and write everything to a run directory.
 
-    Each stage's result is written whole when it is done; with `resume` it is not computed again. A task that a model
-    does not do (it does not prefer the answers) is left out with a note in run.json.
+    Each stage's result is written whole when it is done; with `resume` it is not computed again. A task that does not
+    fit a model's tokenizer, or that the model does not do (it does not prefer the answers), is left out with a note in
+    run.json.
 
-    Raises TaskError when a task cannot be built for a model, or a model does none of the tasks; StoreError when the
-    folder is taken.
+    Raises TaskError for an unknown task, or when none is left for a model; WeightsError for an unknown model;
+    StoreError when the folder is taken.
     """
+    settings = replace(
+        settings, models=tuple(dict.fromkeys(settings.models)), tasks=tuple(dict.fromkeys(settings.tasks))
+    )
     if not settings.models or not settings.tasks:
         raise TaskError("a study needs at least one model and one task")
+    for name in settings.tasks:
+        if name not in task_names():
+            raise TaskError(f"task {name!r} is not known; expected one of {', '.join(task_names())}")
     run = {
         "command": command,
-        "settings": {name: _plain(value) for name, value in vars(settings).items()},
+        "settings": {
+            name: list(value) if isinstance(value, tuple) else value for name, value in vars(settings).items()
+        },
         "tasks": list(settings.tasks),
         "seed": settings.seed,
         "versions": _versions(),
+        "started": _now(),
         "models": [],
         "timings": {},
         "notes": [],
     }
     directory = RunDirectory.create(out, run, resume=resume, overwrite=overwrite)
-    for name in settings.models:
-        _ModelStudy(directory, settings, name, progress or (lambda stage, done, total: None)).run()
+    for name, slug in zip(settings.models, _slugs(settings.models), strict=True):
+        if not _is_finished(directory, slug):
+            _ModelStudy(directory, settings, name, slug, progress or (lambda stage, done, total: None)).run()
     with _timed(directory, "report"):
         write_report(directory)
+    peak = max(directory.run.get("peak_memory_bytes", 0), _peak_memory_bytes())
+    directory.update_run(finished=_now(), peak_memory_bytes=peak)
     return directory
 
 
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
+def circuits_of(directory: RunDirectory, slug: str) -> dict[str, Circuit]:
+    """The circuits that a run found for a model, by task."""
+    files = _files_by_task(directory, f"circuits/{slug}.{{}}.json")
+    return {task: Circuit.from_dict(directory.read_json(file)) for task, file in files.items()}
+
+
+def scores_of(directory: RunDirectory, slug: str) -> dict[str, Scores]:
+    """The sweeps that a run made for a model, by task."""
+    files = _files_by_task(directory, f"scores/{slug}.{{}}.safetensors")
+    return {task: _read_scores(directory, file) for task, file in files.items()}
+
+
+def _files_by_task(directory: RunDirectory, pattern: str) -> dict[str, str]:
+    files = {task: pattern.format(task) for task in directory.run["tasks"]}
+    return {task: file for task, file in files.items() if directory.has(file)}
+
+
+def _write_scores(directory: RunDirectory, file: str, scores: Scores) -> None:
+    about = {
+        "sites": [str(site) for site in scores.sites],
+        "settings": scores.settings,
+        "config": asdict(scores.config),
+    }
+    tensors = {"effects": scores.effects, "clean_metric": scores.clean_metric}
+    # One entry of metadata: safetensors writes several in any order, and the same sweep should be the same file.
+    directory.write_tensors(file, tensors, {"sweep": json.dumps(about)})
+
+
+def _read_scores(directory: RunDirectory, file: str) -> Scores:
+    tensors, labels = directory.read_tensors(file)
+    try:
+        about = json.loads(labels["sweep"])
+        scaling = about["config"].pop("rope_scaling")
+        return Scores(
+            tuple(Site.of(site) for site in about["sites"]),
+            tensors["effects"],
+            tensors["clean_metric"],
+            ModelConfig(**about["config"], rope_scaling=scaling and RopeScaling(**scaling)),
+            about["settings"],
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise StoreError(f"{directory.path / file} holds no sweep: {error}") from error
+
+
+def _slugs(models: Sequence[str]) -> list[str]:
+    """A part of a file name per model, no two alike."""
+    slugs: list[str] = []
+    for name in models:
+        plain = re.sub(r"[^A-Za-z0-9_-]+", "-", name).strip("-") or "model"
+        candidates = [plain, *(f"{plain}-{number}" for number in range(2, len(models) + 1))]
+        slugs.append(next(slug for slug in candidates if slug not in slugs))
+    return slugs
+
+
+def _is_finished(directory: RunDirectory, slug: str) -> bool:
+    """Whether every file that a model's part of the study ends with is there."""
+    file = f"results/{slug}.compare.json"
+    if not directory.has(file) or slug not in [model["slug"] for model in directory.run["models"]]:
+        return False
+    names = ("scores/{}.{}.safetensors", "circuits/{}.{}.json", "results/{}.{}.json")
+    tasks = directory.read_json(file)["tasks"]
+    return all(directory.has(name.format(slug, task)) for name in names for task in tasks)
 
 
 def _versions() -> dict[str, str]:
@@ -110,6 +195,20 @@ def _versions() -> dict[str, str]:
     }
 
 
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _peak_memory_bytes() -> int:
+    """The most memory that this process held so far; 0 where the system does not tell."""
+    try:
+        import resource
+    except ImportError:
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
 @contextmanager
 def _timed(directory: RunDirectory, stage: str) -> Iterator[None]:
     """Adds the seconds that a stage took to run.json."""
@@ -120,6 +219,21 @@ def _timed(directory: RunDirectory, stage: str) -> Iterator[None]:
     directory.update_run(timings=timings)
 
 
+@contextmanager
+def suitable_threads(model: HookedTransformer) -> Iterator[None]:
+    """One thread for a small model on a CPU: its products are so short that several threads mostly wait for each other.
+
+    Two threads on two busy cores made tiny-gpt2's study ten times as long.
+    """
+    before = torch.get_num_threads()
+    if model.device.type == "cpu" and model.config.n_params <= SMALL_MODEL:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 @dataclass
 class _ModelStudy:
     """One model's part of a study."""
@@ -127,29 +241,41 @@ class _ModelStudy:
     directory: RunDirectory
     settings: StudySettings
     name: str
+    slug: str
     progress: Progress
     tasks: dict[str, Task] = field(default_factory=dict)
-    ablations: dict[str, Ablation] = field(default_factory=dict)
+    clean: dict[str, dict[str, Any]] = field(default_factory=dict)
     circuits: dict[str, Circuit] = field(default_factory=dict)
 
     def run(self) -> None:
-        self.slug = re.sub(r"[^A-Za-z0-9_-]+", "-", self.name).strip("-")
-        with _timed(self.directory, f"{self.slug}: load"):
-            self.progress(f"{self.name}: loading", 0, 1)
+        with self._stage("load"):
             self.model = load(self.name, dtype=self.settings.dtype)
             self._describe()
-        with _timed(self.directory, f"{self.slug}: tasks"):
-            for task_name in self.settings.tasks:
-                self.tasks[task_name] = self._task(task_name)
-        for task_name, task in self.tasks.items():
-            self._study_task(task_name, task)
-        if not self.circuits:
-            raise TaskError(f"model {self.name} does none of the tasks {', '.join(self.settings.tasks)}")
-        with _timed(self.directory, f"{self.slug}: compare"):
+        with suitable_threads(self.model):
+            with self._stage("tasks"):
+                self._build_tasks()
+            for task_name, task in self.tasks.items():
+                self._study_task(task_name, task)
             self._compare()
+
+    @contextmanager
+    def _stage(self, name: str) -> Iterator[Callable[[int, int], None]]:
+        """Times a stage, and tells the progress of its begin and end and of what it reports in between."""
+        label = f"{self.name}: {name}"
+        self.progress(label, 0, 1)
+        with _timed(self.directory, f"{self.slug}: {name}"):
+            units = [1, 1]
+
+            def step(done: int, total: int) -> None:
+                units[:] = done, total
+                self.progress(label, done, total)
+
+            yield step
+        self.progress(label, units[1], units[1])
 
     def _describe(self) -> None:
         config = self.model.config
+        tokenizer = self.model.tokenizer
         description = {
             "name": self.name,
             "slug": self.slug,
@@ -158,45 +284,85 @@ class _ModelStudy:
             "n_heads": config.n_heads,
             "n_kv_heads": config.kv_heads,
             "n_params": config.n_params,
+            "config": asdict(config),
+            "tokenizer": tokenizer.name if tokenizer is not None else None,
+            "adds_bos": tokenizer.adds_bos if tokenizer is not None else None,
             "fingerprint": fingerprint(self.model),
         }
-        others = [model for model in self.directory.run["models"] if model["slug"] != self.slug]
-        same = [model for model in self.directory.run["models"] if model["slug"] == self.slug]
-        if same and same[0]["fingerprint"] != description["fingerprint"]:
+        models = {model["slug"]: model for model in self.directory.run["models"]}
+        before = models.get(self.slug)
+        if before is not None and before["fingerprint"] != description["fingerprint"]:
             raise StoreError(f"{self.directory.path} was run with other weights of {self.name}; it cannot be resumed")
-        self.directory.update_run(models=[*others, description])
+        self.directory.update_run(models=list((models | {self.slug: description}).values()))
 
-    def _task(self, name: str) -> Task:
-        settings = self.settings
-        return build_task(
-            name,
-            self.model,
-            n=settings.n,
-            seed=settings.seed,
-            template=settings.template,
-            filter=settings.filter,
-        )
+    def _build_tasks(self) -> None:
+        """Every task that fits the tokenizer and that the model does, before any long work: errors come early."""
+        settings, reasons = self.settings, []
+        for name in settings.tasks:
+            try:
+                task = build_task(
+                    name,
+                    self.model,
+                    n=settings.n,
+                    seed=settings.seed,
+                    template=settings.template,
+                    filter=settings.filter,
+                )
+                self.clean[name] = self._clean_run(task)
+                self.tasks[name] = task
+            except TaskError as error:
+                reasons.append(f"{self.name}: {error}")
+        if not self.tasks:
+            raise TaskError(reasons[0])
+        self.directory.update_run(notes=list(dict.fromkeys([*self.directory.run["notes"], *reasons])))
+
+    @torch.no_grad()
+    def _clean_run(self, task: Task) -> dict[str, Any]:
+        """What the unpatched model makes of a task. Raises TaskError when it does not prefer the answers."""
+        n_rows = max(1, LOGIT_BYTES // (task.pos * self.model.config.d_vocab * 4))
+        rows = torch.cat([self.model(task.clean[i : i + n_rows])[:, -1].float() for i in range(0, task.n, n_rows)])
+        full = float(logit_difference(rows, task.answer, task.wrong).mean())
+        if full <= 0:
+            raise TaskError(
+                f"task {task.name!r}: the model does not prefer the answers (mean logit difference {full:.3f})"
+            )
+        correct = is_top(rows, task.answer)
+        top = rows[:N_EXAMPLES].softmax(-1).topk(min(N_TOP, rows.shape[-1]))
+        examples = [
+            {
+                "prompt": task.prompts[i],
+                "corrupted": task.corrupted_prompts[i],
+                "answer": self._text(int(task.answer[i])),
+                "wrong": self._text(int(task.wrong[i])),
+                "model_top": self._text(int(top.indices[i, 0])),
+                "top": [[self._text(int(id)), float(p)] for id, p in zip(top.indices[i], top.values[i], strict=True)],
+                "correct": bool(correct[i]),
+            }
+            for i in range(min(N_EXAMPLES, task.n))
+        ]
+        return {"examples": examples, "accuracy": float(correct.float().mean())}
+
+    def _text(self, token: int) -> str:
+        return self.model.tokenizer.decode([token]) if self.model.tokenizer is not None else str(token)
 
     def _study_task(self, name: str, task: Task) -> None:
-        try:
-            self.ablations[name] = Ablation(
-                self.model, task, executor=self.settings.executor, precision=self.settings.precision
-            )
-        except TaskError as error:
-            note = f"{self.name}: {error}"
-            self.directory.update_run(notes=sorted({*self.directory.run["notes"], note}))
-            return
         scores = self._sweep(name, task)
-        self.circuits[name] = self._discover(name, task)
-        self._results(name, task, scores)
+        files = f"circuits/{self.slug}.{name}.json", f"results/{self.slug}.{name}.json"
+        if not all(map(self.directory.has, files)):
+            # All its clean activations, so only for as long as they are needed.
+            ablation = self._ablation(task)
+            self._discover(files[0], name, task, ablation)
+            circuit = Circuit.from_dict(self.directory.read_json(files[0]))
+            self._results(files[1], name, task, scores, circuit, ablation)
+        self.circuits[name] = Circuit.from_dict(self.directory.read_json(files[0]))
 
-    def _step(self, what: str) -> Callable[[int, int], None]:
-        return lambda done, total: self.progress(f"{self.name}: {what}", done, total)
+    def _ablation(self, task: Task) -> Ablation:
+        return Ablation(self.model, task, executor=self.settings.executor, precision=self.settings.precision)
 
     def _sweep(self, name: str, task: Task) -> Scores:
         file, settings = f"scores/{self.slug}.{name}.safetensors", self.settings
         if not self.directory.has(file):
-            with _timed(self.directory, f"{self.slug}: sweep"):
+            with self._stage(f"{name}, sweep of heads and MLPs") as step:
                 scores = sweep(
                     self.model,
                     task,
@@ -204,72 +370,63 @@ class _ModelStudy:
                     source=settings.source,
                     executor=settings.executor,
                     precision=settings.precision,
-                    progress=self._step(f"{name}, sweep of heads and MLPs (rows)"),
+                    progress=step,
                 )
-            self.directory.write_tensors(
-                file,
-                {"effects": scores.effects, "clean_metric": scores.clean_metric},
-                {"sites": json.dumps([str(site) for site in scores.sites]), "settings": json.dumps(scores.settings)},
-            )
-            self._append_csv(name, scores)
-        return self._read_scores(file)
+            about = {"task_seed": task.seed, "template": task.template, "task_fingerprint": task.fingerprint()}
+            _write_scores(self.directory, file, replace(scores, settings=scores.settings | about))
+        self._write_csv()
+        return _read_scores(self.directory, file)
 
-    def _read_scores(self, file: str) -> Scores:
-        tensors, about = self.directory.read_tensors(file)
-        sites = tuple(Site.of(site) for site in json.loads(about["sites"]))
-        return Scores(
-            sites, tensors["effects"], tensors["clean_metric"], self.model.config, json.loads(about["settings"])
-        )
-
-    def _append_csv(self, name: str, scores: Scores) -> None:
+    def _write_csv(self) -> None:
+        """All sweeps that are there as one table, made anew: its rows cannot be fewer or more than the sweeps'."""
+        rows = [
+            {"model": model["name"], "task": task, **row}
+            for model in self.directory.run["models"]
+            for task, scores in scores_of(self.directory, model["slug"]).items()
+            for row in scores.table()
+        ]
         text = io.StringIO()
-        rows = [{"model": self.name, "task": name, **row} for row in scores.table()]
         writer = csv.DictWriter(text, rows[0].keys(), lineterminator="\n")
-        before = (self.directory.path / "scores.csv").read_text() if self.directory.has("scores.csv") else ""
-        if not before:
-            writer.writeheader()
+        writer.writeheader()
         writer.writerows(rows)
-        self.directory.write_text("scores.csv", before + text.getvalue())
+        self.directory.write_text("scores.csv", text.getvalue())
 
-    def _discover(self, name: str, task: Task) -> Circuit:
-        file, settings = f"circuits/{self.slug}.{name}.json", self.settings
-        if not self.directory.has(file):
-            with _timed(self.directory, f"{self.slug}: discover"):
-                circuit = discover(
-                    self.model,
-                    task,
-                    threshold=settings.threshold,
-                    first=settings.first,
-                    max_sweeps=settings.max_sweeps,
-                    ablation=self.ablations[name],
-                    progress=self._step(f"{name}, pruning (candidates of this sweep)"),
-                )
-            self.directory.write_json(file, circuit.to_dict())
-        return Circuit.from_dict(self.directory.read_json(file))
-
-    def _results(self, name: str, task: Task, scores: Scores) -> None:
-        file = f"results/{self.slug}.{name}.json"
+    def _discover(self, file: str, name: str, task: Task, ablation: Ablation) -> None:
         if self.directory.has(file):
             return
-        ablation, circuit = self.ablations[name], self.circuits[name]
-        with _timed(self.directory, f"{self.slug}: drops and random circuits"):
-            drops = node_drops(ablation, circuit)
-            baseline = random_circuits(
-                ablation,
-                circuit,
-                self.settings.n_random,
-                seed=self.settings.seed,
-                progress=self._step(f"{name}, random circuits"),
+        settings = self.settings
+        with self._stage(f"{name}, pruning") as step:
+            circuit = discover(
+                self.model,
+                task,
+                threshold=settings.threshold,
+                first=settings.first,
+                max_sweeps=settings.max_sweeps,
+                ablation=ablation,
+                progress=step,
             )
-        examples, accuracy = self._examples(task)
+        about = {
+            "n_prompts": task.n,
+            "task_seed": task.seed,
+            "template": task.template,
+            "task_fingerprint": task.fingerprint(),
+        }
+        self.directory.write_json(file, replace(circuit, settings=circuit.settings | about).to_dict())
+
+    def _results(self, file: str, name: str, task: Task, scores: Scores, circuit: Circuit, ablation: Ablation) -> None:
+        n_random = self.settings.n_random
+        if n_random is None:
+            n_random = 50 if self.model.config.n_params <= SMALL_MODEL else 10
+        with self._stage(f"{name}, drops and random circuits") as step:
+            drops = node_drops(ablation, circuit)
+            baseline = random_circuits(ablation, circuit, n_random, seed=self.settings.seed, progress=step)
         self.directory.write_json(
             file,
             {
-                "examples": examples,
-                "accuracy": accuracy,
+                **self.clean[name],
                 "full_logit_difference": ablation.full,
-                "n_prompts": len(task.clean),
-                "n_pos": task.clean.shape[1],
+                "n_prompts": task.n,
+                "n_pos": task.pos,
                 "template": task.template,
                 "heads": scores.heads().tolist(),
                 "mlps": scores.mlps().tolist(),
@@ -279,47 +436,22 @@ class _ModelStudy:
             },
         )
 
-    def _examples(self, task: Task) -> tuple[list[dict[str, Any]], float]:
-        with torch.no_grad():
-            logits = self.model(task.clean)[:, -1]
-        correct, tops = is_top(logits, task.answer), logits.argmax(-1)
-        tokenizer = self.model.tokenizer
-
-        def text(token: torch.Tensor) -> str:
-            return tokenizer.decode([int(token)]) if tokenizer is not None else str(int(token))
-
-        examples = [
-            {
-                "prompt": task.prompts[i],
-                "corrupted": task.corrupted_prompts[i],
-                "answer": text(task.answer[i]),
-                "wrong": text(task.wrong[i]),
-                "model_top": text(tops[i]),
-                "correct": bool(correct[i]),
-            }
-            for i in range(min(N_EXAMPLES, len(task.prompts)))
-        ]
-        return examples, float(correct.float().mean())
-
     def _compare(self) -> None:
         file = f"results/{self.slug}.compare.json"
-        if self.directory.has(file):
-            return
-        names = list(self.circuits)
-        circuits = list(self.circuits.values())
+        names, circuits = list(self.circuits), list(self.circuits.values())
         shared, either = intersection(circuits), union(circuits)
-        table = cross_task_scores(
-            [self.ablations[name] for name in names],
-            [*circuits, shared, either],
-            self._step("circuits on the other tasks"),
-        )
+        with self._stage("circuits on each other's tasks") as step:
+            table = []
+            for name in names:
+                table += cross_task_scores([self._ablation(self.tasks[name])], [*circuits, shared, either]).tolist()
+                step(len(table), len(names))
         self.directory.write_json(
             file,
             {
                 "tasks": names,
                 "jaccard_heads": jaccard_matrix(circuits, "heads").tolist(),
                 "jaccard_nodes": jaccard_matrix(circuits).tolist(),
-                "cross_task": table.tolist(),
+                "cross_task": table,
                 "cross_task_columns": [*names, "shared", "union"],
                 "shared": {"heads": shared.heads, "mlps": shared.mlps},
                 "union": {"heads": either.heads, "mlps": either.mlps},
@@ -334,10 +466,3 @@ def fingerprint(model: HookedTransformer) -> str:
         sample = value.flatten()[:: max(1, value.numel() // 1024)].float().cpu().contiguous()
         digest.update(name.encode() + sample.numpy().tobytes())
     return digest.hexdigest()[:16]
-
-
-def circuits_of(directory: RunDirectory, slug: str) -> dict[str, Circuit]:
-    """The circuits that a run found for a model, by task."""
-    tasks: Sequence[str] = directory.run["tasks"]
-    files = {task: f"circuits/{slug}.{task}.json" for task in tasks}
-    return {task: Circuit.from_dict(directory.read_json(file)) for task, file in files.items() if directory.has(file)}

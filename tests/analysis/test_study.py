@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import pytest
+import torch
 
 from subcircuit.analysis import study as study_module
 from subcircuit.analysis.circuit import Circuit
 from subcircuit.analysis.faithfulness import score
 from subcircuit.analysis.report import write_report
-from subcircuit.analysis.study import StudySettings, circuits_of, study
+from subcircuit.analysis.study import StudySettings, circuits_of, scores_of, study
+from subcircuit.analysis.sweep import sweep
 from subcircuit.analysis.tasks import task
 from subcircuit.engine.errors import StoreError, TaskError
 from subcircuit.weights.names import load
@@ -59,34 +62,146 @@ def test_resuming_a_finished_study_computes_nothing_again(run, monkeypatch):
     def never(*args, **kwargs):
         raise AssertionError("computed again")
 
-    for name in ("sweep", "discover", "node_drops", "random_circuits", "cross_task_scores"):
+    for name in ("load", "sweep", "discover", "node_drops", "random_circuits", "cross_task_scores"):
         monkeypatch.setattr(study_module, name, never)
     study(SETTINGS, str(run.path), resume=True)
     assert before == {file: file.read_bytes() for file in before}
 
 
-def test_a_study_that_was_killed_goes_on_where_it_stopped_and_ends_the_same(run, tmp_path, monkeypatch):
+@pytest.fixture
+def no_report(monkeypatch):
+    """Figures take longer than all the rest of a small study."""
+    monkeypatch.setattr(study_module, "write_report", lambda directory: directory.write_text("report.html", "made"))
+
+
+@pytest.mark.parametrize("stage", ["sweep", "discover", "random_circuits", "cross_task_scores", "write_report"])
+@pytest.mark.usefixtures("no_report")
+def test_a_study_that_was_killed_goes_on_where_it_stopped_and_ends_the_same(run, tmp_path, monkeypatch, stage):
+    def die(*args, **kwargs):
+        raise KeyboardInterrupt
+
     with monkeypatch.context() as patch:
-        patch.setattr(study_module, "cross_task_scores", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(study_module, stage, die)
         with pytest.raises(KeyboardInterrupt):
             study(SETTINGS, str(tmp_path / "run"))
     assert not (tmp_path / "run" / "report.html").exists()
     again = study(SETTINGS, str(tmp_path / "run"), resume=True)
-    for name in ("circuits/tiny-gpt2.months.json", "results/tiny-gpt2.compare.json"):
+    for name in [*files_of(run, "results"), *files_of(run, "circuits")]:
         assert again.read_json(name) == run.read_json(name)
-    assert (again.path / "scores.csv").read_text() == (run.path / "scores.csv").read_text()
+    for name in [*files_of(run, "scores"), "scores.csv"]:
+        assert (again.path / name).read_bytes() == (run.path / name).read_bytes()
+    assert [model["slug"] for model in again.run["models"]] == ["tiny-gpt2"]
 
 
-def test_what_cannot_be_studied_is_said_before_long_work(tmp_path):
+def files_of(run, folder):
+    found = [file.relative_to(run.path).as_posix() for file in (run.path / folder).iterdir()]
+    assert found
+    return found
+
+
+@pytest.mark.usefixtures("no_report")
+def test_what_cannot_be_studied_is_said_before_anything_is_written(tmp_path):
     with pytest.raises(TaskError, match="at least one model and one task"):
-        study(StudySettings(models=("tiny-gpt2",), tasks=()), str(tmp_path / "a"))
-    with pytest.raises(TaskError, match="colours"):
-        study(StudySettings(models=("tiny-gpt2",), tasks=("colours",)), str(tmp_path / "b"))
+        study(replace(SETTINGS, tasks=()), str(tmp_path / "a"))
+    with pytest.raises(TaskError, match="task 'colours' is not known; expected one of numerals"):
+        study(replace(SETTINGS, tasks=("months", "colours")), str(tmp_path / "a"))
+    with pytest.raises(TaskError, match="unknown template 'sung'"):
+        study(replace(SETTINGS, template="sung"), str(tmp_path / "b"))
     (tmp_path / "c").mkdir()
     (tmp_path / "c" / "file").touch()
     with pytest.raises(StoreError, match="not a run directory"):
         study(SETTINGS, str(tmp_path / "c"))
+    assert not (tmp_path / "a").exists()
+    study(replace(SETTINGS, tasks=("months",), n=2, n_random=1), str(tmp_path / "b"))
 
 
-def test_circuits_written_by_a_study_are_circuits(run):
-    assert Circuit.load(run.path / "circuits" / "tiny-gpt2.months.json") == circuits_of(run, "tiny-gpt2")["months"]
+def test_a_task_that_a_model_cannot_do_is_left_out_with_a_note(tmp_path, monkeypatch):
+    def but_no_months(name, *args, **options):
+        if name == "months":
+            raise TaskError("task 'months': these months are not single tokens")
+        return task(name, *args, **options)
+
+    monkeypatch.setattr(study_module, "build_task", but_no_months)
+    run = study(replace(SETTINGS, n=2, n_random=1), str(tmp_path / "run"))
+    assert run.run["notes"] == ["tiny-gpt2: task 'months': these months are not single tokens"]
+    assert list(circuits_of(run, "tiny-gpt2")) == ["numerals"]
+    assert "these months are not single tokens" in (run.path / "report.html").read_text()
+
+
+def test_a_model_that_prefers_the_wrong_answer_does_not_do_the_task(tmp_path, monkeypatch):
+    def swapped(*args, **options):
+        built = task(*args, **options)
+        return replace(built, answer=built.wrong, wrong=built.answer)
+
+    monkeypatch.setattr(study_module, "build_task", swapped)
+    with pytest.raises(TaskError, match="tiny-gpt2: task 'numerals': the model does not prefer the answers"):
+        study(SETTINGS, str(tmp_path / "run"))
+
+
+@pytest.mark.usefixtures("no_report")
+def test_other_weights_of_the_same_name_do_not_resume_a_run(tmp_path, monkeypatch):
+    settings = replace(SETTINGS, tasks=("months",), n=2, n_random=1)
+    run = study(settings, str(tmp_path / "run"))
+    (run.path / "results" / "tiny-gpt2.compare.json").unlink()
+
+    def other_weights(*args, **options):
+        model = load(*args, **options)
+        with torch.no_grad():
+            model.blocks[2].mlp.w_in.weight.mul_(1.01)
+        return model
+
+    monkeypatch.setattr(study_module, "load", other_weights)
+    with pytest.raises(StoreError, match="was run with other weights of tiny-gpt2"):
+        study(settings, str(run.path), resume=True)
+
+
+def test_two_models_of_one_folder_name_do_not_share_their_files():
+    assert study_module._slugs(("a/model", "a-model", "./a-model", "tiny-gpt2", "???", "a-model-2")) == [
+        "a-model",
+        "a-model-2",
+        "a-model-3",
+        "tiny-gpt2",
+        "model",
+        "a-model-2-2",
+    ]
+
+
+def test_circuits_and_scores_of_a_study_can_be_read_from_its_files(run):
+    circuits, scores = circuits_of(run, "tiny-gpt2"), scores_of(run, "tiny-gpt2")
+    circuit = Circuit.load(run.path / "circuits" / "tiny-gpt2.months.json")
+    assert circuit == circuits["months"]
+    assert (circuit.settings["n_prompts"], circuit.settings["task_seed"]) == (8, 0)
+    model = load("tiny-gpt2")
+    again = sweep(model, task("months", model, n=8, seed=0), "heads+mlps")
+    assert torch.allclose(scores["months"].effects, again.effects, atol=1e-5)
+    assert (scores["months"].config, scores["months"].sites) == (model.config, again.sites)
+
+
+def test_examples_show_what_the_model_expects(run):
+    for name in ("numerals", "months"):
+        for example in run.read_json(f"results/tiny-gpt2.{name}.json")["examples"]:
+            assert example["top"][0][0] == example["model_top"]
+            assert example["correct"] == (example["model_top"] == example["answer"])
+            chances = [chance for _, chance in example["top"]]
+            assert 1 >= chances[0] >= chances[1] >= chances[2] > 0
+
+
+@pytest.mark.usefixtures("no_report")
+def test_prompts_run_in_parts_are_the_same_as_all_at_once(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(study_module, "LOGIT_BYTES", 3 * 23 * 1087 * 4)
+    again = study(replace(SETTINGS, tasks=("months",)), str(tmp_path / "run"))
+    a, b = (each.read_json("results/tiny-gpt2.months.json") for each in (run, again))
+    assert a["accuracy"] == b["accuracy"]
+    assert [example["model_top"] for example in a["examples"]] == [example["model_top"] for example in b["examples"]]
+
+
+def test_a_run_says_where_it_came_from(run):
+    about = run.run
+    assert about["settings"]["models"] == ["tiny-gpt2"]
+    assert (about["seed"], about["command"]) == (0, "subcircuit study <test>")
+    assert {"subcircuit", "torch", "python", "platform"} <= set(about["versions"])
+    assert about["started"] <= about["finished"]
+    assert about["peak_memory_bytes"] > 2**20
+    (model,) = about["models"]
+    assert model["fingerprint"] == study_module.fingerprint(load("tiny-gpt2"))
+    assert all(seconds >= 0 for seconds in about["timings"].values())
