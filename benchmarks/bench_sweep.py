@@ -1,8 +1,8 @@
 """A sweep over all heads of SmolLM2-135M: delta form against one hooked full forward per head, on the same engine.
 
 Prints the time of both (medians), the ratio, and the error of the effects against full forwards in float64, beside the
-error that ordinary bfloat16 re-runs make. The full forwards are timed on one head per layer and scaled up to all heads:
-each costs the same, whichever head it patches.
+error that ordinary bfloat16 re-runs make. The full forwards are timed on a sample of the heads, spread over the
+layers, and scaled up to all of them: each costs the same, whichever head it patches.
 
     python benchmarks/bench_sweep.py [--model smollm2-135m] [--runs 5] [--threads 2]
 """
@@ -43,6 +43,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=16)
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--sample", type=int, default=10, help="heads that are also run as full forwards")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
 
@@ -50,14 +51,15 @@ def main() -> None:
     task = sc.task(options.task, model, n=options.prompts, seed=0)
     config = model.config
     n_heads = config.n_layers * config.n_heads
-    sample = [f"a{layer}.h{layer % config.n_heads}" for layer in range(config.n_layers)]
+    layers = torch.linspace(0, config.n_layers - 1, options.sample).round().int().tolist()
+    sample = [f"a{layer}.h{layer % config.n_heads}" for layer in layers]
 
     def sweep(components: str | list[str], executor: str, precision: str) -> sc.Scores:
         return sc.sweep(model, task, components, executor=executor, precision=precision)  # type: ignore[arg-type]
 
     exact = sweep(sample, "reference", "fp64").effects
     rows = []
-    one_run = median_seconds(lambda: sweep(sample, "reference", "fp32"), max(2, options.runs // 2)) / len(sample)
+    one_run = median_seconds(lambda: sweep(sample, "reference", "fp32"), options.runs) / len(sample)
     full = one_run * n_heads
     rows.append(("full forwards, float32", full, relative_error(sweep(sample, "reference", "fp32").effects, exact)))
     start = time.perf_counter()
