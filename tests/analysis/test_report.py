@@ -43,7 +43,7 @@ def made_up_result(model: dict[str, Any], circuit: Circuit) -> dict[str, Any]:
         grid[layer][head] = -rng.uniform(0.3, 2.4)
     example = {"prompt": "March <b>2</b> & May", "corrupted": "June 7", "answer": " June", "wrong": " May"}
     return {
-        "examples": [example | {"model_top": " June", "correct": True}] * 3,
+        "examples": [example | {"model_top": " June", "correct": True, "top": [[" June", 0.87], [" May", 0.06]]}] * 3,
         "accuracy": 0.9375,
         "full_logit_difference": 4.321,
         "n_prompts": 32,
@@ -83,6 +83,7 @@ def made_up_run(path: Path, models: tuple[dict[str, Any], ...] = MODELS) -> RunD
         "models": [model | {"description": "made up", "fingerprint": "0123456789abcdef"} for model in models],
         "timings": {f"{model['slug']}: {stage}": 12.5 for model in models for stage in stages},
         "notes": [],
+        "peak_memory_bytes": 3 * 2**29,
     }
     directory = RunDirectory.create(path, run)
     for model in models:
@@ -165,7 +166,7 @@ def test_a_task_shows_its_prompts_every_node_and_every_decision(page: Page) -> N
         decision = "removed" if step.removed else "kept"
         assert f"{i} {step.sweep} {step.direction} {step.node} {step.score_without:.2f} {decision}" in panel
     assert "94 % 4.32" in panel
-    assert "corrupted: June 7 June May June ✓" in panel
+    assert "corrupted: June 7 June May June ✓ June 87 %, May 6 %" in panel
 
 
 def test_where_the_numbers_come_from_is_told(page: Page) -> None:
@@ -175,6 +176,7 @@ def test_where_the_numbers_come_from_is_told(page: Page) -> None:
     assert "tiny-gpt2: discover 12.5 s" in told
     assert "torch 2.13.0" in told
     assert "weights of tiny-gpt2 0123456789abcdef" in told
+    assert "peak memory 1.50 GiB" in told
     assert "2 models · 1 min 40 s in all" in told
 
 
