@@ -33,7 +33,16 @@ def made_up_circuit(model: dict[str, Any], task: str) -> Circuit:
         TraceStep(1 + i // 20, "backward" if i < 20 else "forward", f"a{i % model['n_layers']}.h1", 99 - i, i % 3 > 0)
         for i in range(40)
     )
-    return Circuit(heads, mlps, model=model["name"], task=task, method="prune", score=SCORES[task], trace=trace)
+    return Circuit(
+        heads,
+        mlps,
+        model=model["name"],
+        task=task,
+        method="prune",
+        score=SCORES[task],
+        trace=trace,
+        settings={"threshold": 20.0},
+    )
 
 
 def made_up_result(model: dict[str, Any], circuit: Circuit) -> dict[str, Any]:
