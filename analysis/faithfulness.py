@@ -54,6 +54,7 @@ class Ablation:
         self._session: DeltaSession | None = None
         if executor == "torch":
             self._session = DeltaSession(model, task, source=source, precision=precision, budget_bytes=budget_bytes)
+            self._session.prepare([_patches(all_nodes(model.config))])
         self.full = float(self._effects([()], ()).clean_metric.mean())
         if self.full <= 0:
             raise TaskError(

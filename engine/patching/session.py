@@ -90,6 +90,10 @@ class DeltaSession:
         self._first_different = _first_different_position(prompts)
         self._runs: dict[int, DeltaRun] = {}
 
+    def prepare(self, patch_sets: Iterable[PatchSet]) -> None:
+        """Say beforehand what later calls will patch, so that one clean run serves them all."""
+        self._sources.add(patch_sets)
+
     @torch.no_grad()
     def effects(
         self,

@@ -118,6 +118,20 @@ def test_a_base_that_changes_from_call_to_call_equals_full_forwards(case, source
         assert relative_error(session.effects(extras, base=base).effects, reference.effects) < 1e-12
 
 
+def test_one_clean_run_serves_every_call_that_was_prepared_for(case, monkeypatch):
+    from subcircuit.engine.patching import session as session_module
+
+    model, prompts = case
+    runs = []
+    original = session_module.DeltaRun
+    monkeypatch.setattr(session_module, "DeltaRun", lambda *args: runs.append(1) or original(*args))
+    prepared = DeltaSession(model, prompts, source="mean")
+    prepared.prepare([as_patch_set(components_of(model.config))])
+    for name in components_of(model.config):
+        prepared.effects([name])
+    assert len(runs) == 1
+
+
 def test_one_prompt_one_position_and_one_layer_work():
     model = random_model(replace(CONFIGS["llama-gqa"], n_layers=1), SEED)
     for n_prompts, n_pos in ((1, 9), (3, 1), (1, 1)):
