@@ -68,6 +68,7 @@ class StudySettings:
     precision: Precision = "fp32"
     executor: Executor = "torch"
     dtype: str = "float32"
+    device: str = "cpu"
     n_random: int | None = None
 
 
@@ -249,7 +250,7 @@ class _ModelStudy:
 
     def run(self) -> None:
         with self._stage("load"):
-            self.model = load(self.name, dtype=self.settings.dtype)
+            self.model = load(self.name, dtype=self.settings.dtype, device=self.settings.device)
             self._describe()
         with suitable_threads(self.model):
             with self._stage("tasks"):

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import json
+import re
+import shlex
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
+from rich.console import Console
 
+import subcircuit as sc
 from subcircuit import cli
 
 
@@ -48,27 +55,97 @@ def test_json_is_all_that_standard_output_holds(run):
     assert "tiny-gpt2" in {model["name"] for model in json.loads(out)}
 
 
-def test_discover_writes_a_circuit_and_generate_continues(run, tmp_path):
-    status, out, _ = run("discover", *TINY, "--task", "months", "--max-sweeps", 1, "--out", tmp_path / "c.json")
-    assert (status, json.loads((tmp_path / "c.json").read_text())["task"]) == (0, "months")
+def test_discover_writes_a_circuit_or_a_graph(run, tmp_path):
+    discover = ("discover", *TINY, "--task", "months", "--max-sweeps", 1, "--quiet")
+    status, out, err = run(*discover, "--out", tmp_path / "c.json")
+    assert (status, err) == (0, "")
     assert "heads" in out
-    status, out, _ = run(
-        "generate", "-m", "tiny-gpt2", "-p", "Ring lost in May. Van lost in June. Box lost in", "--max-new-tokens", 1
-    )
-    assert (status, out.strip().split()[-1]) == (0, "July")
+    circuit = json.loads((tmp_path / "c.json").read_text())
+    assert (circuit["task"], circuit["settings"]["threshold"]) == ("months", 20)
+    status, out, _ = run(*discover, "--out", tmp_path / "c.dot", "--json")
+    assert json.loads(out) == circuit
+    assert (tmp_path / "c.dot").read_text().startswith("digraph")
+
+
+def test_generate_takes_prompts_as_words_or_as_options(run):
+    prompt = "Ring lost in May. Van lost in June. Box lost in"
+    for arguments in ((prompt,), ("--prompt", prompt)):
+        status, out, _ = run("generate", "--model", "tiny-gpt2", *arguments, "--max-new-tokens", 1)
+        assert (status, out.strip()) == (0, f"{prompt} July")
+    status, out, _ = run("generate", "-m", "tiny-gpt2", "May June", "one two", "--max-new-tokens", 2, "--json")
+    assert [made["text"] for made in json.loads(out)] == [" July August", " three four"]
+
+
+def test_info_takes_the_model_as_a_word_or_as_an_option(run):
+    for arguments in (("tiny-gpt2",), ("--model", "tiny-gpt2")):
+        status, out, _ = run("info", *arguments)
+        assert status == 0
+        assert "817,280" in out
 
 
 def test_a_study_ends_with_its_findings_and_the_report(run, tmp_path):
     arguments = ("study", *TINY, "--tasks", "numerals", "--out", tmp_path / "run", "--max-sweeps", 1, "--random", 2)
     status, out, err = run(*arguments)
-    assert (status, err) == (0, "")
+    assert status == 0
     assert "numerals" in out
     assert str(tmp_path / "run" / "report.html") in out
+    assert [re.sub(r"[\d.]+ s", "", line) for line in err.splitlines()] == [
+        "tiny-gpt2: load ()",
+        "tiny-gpt2: tasks ()",
+        "tiny-gpt2: numerals, sweep of heads and MLPs ()",
+        "tiny-gpt2: numerals, pruning ()",
+        "tiny-gpt2: numerals, drops and random circuits ()",
+        "tiny-gpt2: circuits on each other's tasks ()",
+    ]
     status, _, err = run(*arguments)
     assert status == 2
-    assert "holds a run already" in err
+    assert "holds a run already; expected --resume" in err
+    status, out, err = run(*arguments, "--resume", "--json")
+    assert (status, err) == (0, "")
+    circuit = json.loads(out)["models"]["tiny-gpt2"]["circuits"]["numerals"]
+    assert circuit["heads"]
+    assert len(circuit["random_scores"]) == 2
     status, out, _ = run("report", tmp_path / "run")
     assert (status, out.strip()) == (0, str(tmp_path / "run" / "report.html"))
+
+
+def test_an_interrupted_study_says_how_to_go_on(run, tmp_path, monkeypatch):
+    def die(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sc, "study", die)
+    folder = tmp_path / "my run"
+    status, out, err = run("study", *TINY, "--out", folder, "--overwrite")
+    assert (status, out) == (130, "")
+    again = f"subcircuit study --model tiny-gpt2 --n 4 --out '{folder}' --resume"
+    assert err.strip() == f"error: interrupted; to go on: {again}"
+
+
+@pytest.mark.parametrize("arguments", [(), ("--help",), ("-h",), ("study", "--help")])
+def test_help_is_shown_where_nothing_is_asked_for(run, arguments):
+    status, out, err = run(*arguments)
+    assert (status, err) == (0, "")
+    assert out.startswith("Usage: subcircuit")
+
+
+def test_the_tasks_that_help_names_are_those_there_are():
+    assert cli.TASKS.replace(" or ", ", ").split(", ") == list(sc.task_names())
+
+
+def test_bars_on_a_terminal_show_rate_and_time_left(monkeypatch):
+    screen = io.StringIO()
+    terminal = Console(file=screen, force_terminal=True, width=140)
+    monkeypatch.setattr(cli, "err", terminal)
+    with cli._progress(quiet=False) as progress:
+        for done in range(0, 50, 10):
+            progress("tiny-gpt2: months, sweep", done, 100)
+            time.sleep(0.15)
+        progress("tiny-gpt2: months, pruning", 36, 36)
+        progress("tiny-gpt2: months, pruning", 2, 7)
+    shown = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", screen.getvalue())
+    assert "tiny-gpt2: months, sweep" in shown
+    assert re.search(r"40/100 .* rows/s, \d+ s left", shown)
+    assert "2/7" in shown
 
 
 @pytest.mark.parametrize(
@@ -81,7 +158,14 @@ def test_a_study_ends_with_its_findings_and_the_report(run, tmp_path):
         (("sweep", *TINY, "--task", "months", "--source", "median"), "'median' is not known"),
         (("sweep", *TINY, "--task", "months", "--positions", "last"), "positions 'last'"),
         (("sweep", *TINY, "--task", "months", "--precision", "fp8"), "fp8"),
+        (("sweep", *TINY, "--task", "months", "--device", "abacus"), "abacus"),
         (("sweep", "--task", "months"), "--model"),
+        (("discover", *TINY, "--task", "months", "--method", "guess"), "'guess' is not known"),
+        (("discover", *TINY, "--task", "months", "--threshold", "-1"), "must be positive"),
+        (("study", *TINY, "--out", "unused", "--tasks", "months,colours"), "'colours' is not known"),
+        (("study", *TINY, "--out", "unused", "--tasks", ","), "at least one model and one task"),
+        (("generate", "-m", "tiny-gpt2"), "no prompt"),
+        (("info",), "no model"),
         (("generate", "-m", "tiny-gpt2", "-p", ""), "empty"),
         (("generate", "-m", "tiny-gpt2", "-p", "May " * 500), "context"),
         (("report", "/nonexistent"), "not a run directory"),
@@ -94,6 +178,13 @@ def test_bad_input_is_one_line_and_exit_status_2(run, arguments, words):
     assert err.startswith("error: ")
     assert err.count("\n") == 1
     assert words in err
+    assert not Path("unused").exists()
+
+
+def test_output_that_nobody_reads_to_the_end_is_no_error():
+    command = f"{shlex.quote(sys.executable)} -c 'from subcircuit.cli import main; main()' models | head -n 1"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
+    assert (done.stdout.split(), done.stderr) == (["name", "model", "where"], "")
 
 
 def test_help_and_version_do_not_wait_for_torch():
