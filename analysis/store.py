@@ -114,7 +114,9 @@ class RunDirectory:
         opened = cls(folder, {})
         opened.run = opened.read_json(RUN_FILE)
         if not isinstance(opened.run, dict) or opened.run.get("schema") != SCHEMA_VERSION:
-            raise StoreError(f"{folder / RUN_FILE} is not of a run of this version (schema {SCHEMA_VERSION})")
+            raise StoreError(
+                f"{folder / RUN_FILE} is not that of a run of schema {SCHEMA_VERSION}; expected another folder"
+            )
         return opened
 
     def _delete(self) -> None:

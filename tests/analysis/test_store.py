@@ -70,7 +70,7 @@ def test_a_run_json_of_another_program_is_not_ours_to_overwrite(tmp_path):
     (tmp_path / "run.json").write_text('{"loss": 0.1}')
     (tmp_path / "results").mkdir()
     (tmp_path / "results" / "theirs.json").write_text("{}")
-    with pytest.raises(StoreError, match=r"run\.json is not of a run of this version"):
+    with pytest.raises(StoreError, match=r"run\.json is not that of a run of schema 1"):
         RunDirectory.create(tmp_path, {}, overwrite=True)
     assert (tmp_path / "results" / "theirs.json").exists()
 
