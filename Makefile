@@ -9,7 +9,7 @@ SOURCES := setup.py pyproject.toml README.md $(shell find $(FOLDERS) -type f -no
 
 demo: $(VENV)/installed
 	$(BIN)/subcircuit study --model smollm2-135m --model tiny-gpt2 --tasks numerals,number_words,months \
-		--n 16 --seed 0 --out runs/demo
+		--n 8 --seed 0 --out runs/demo --overwrite
 
 test: $(VENV)/installed
 	$(BIN)/pytest -q
