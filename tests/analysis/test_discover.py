@@ -12,8 +12,10 @@ from patching_cases import CONFIGS, random_model, random_prompts
 from subcircuit.analysis.circuit import Circuit
 from subcircuit.analysis.discover import discover
 from subcircuit.analysis.faithfulness import Ablation, node_drops, random_circuits, score
+from subcircuit.analysis.tasks import task as build_task
 from subcircuit.analysis.tasks import task_from_tokens
 from subcircuit.engine.errors import PatchError, TaskError
+from subcircuit.weights.names import load
 
 SEED = random.randrange(10**6)
 
@@ -108,6 +110,18 @@ def test_pruning_takes_the_decisions_of_the_sequential_rule(case, first, at_once
     assert len(removed) + len(circuit) == model.config.n_layers * (model.config.n_heads + 1)
     assert circuit.score == pytest.approx(final_score)
     assert score(model, task, circuit, precision="fp64") == pytest.approx(final_score)
+
+
+@pytest.mark.parametrize("name", ["numerals", "number_words", "months"])
+def test_the_bundled_model_is_pruned_as_the_sequential_rule_does(name):
+    model = load("tiny-gpt2")
+    task = build_task(name, model, n=16, seed=0)
+    circuit = discover(model, task)
+    removed, final_score, trace = sequential_pruning(model, task, 20)
+    assert [(step.node, step.removed) for step in circuit.trace] == [(node, gone) for _, _, node, _, gone in trace]
+    assert not removed & ({*circuit.heads} | {(layer, "mlp") for layer in circuit.mlps})
+    assert len(removed) + len(circuit) == 4 * 9
+    assert circuit.score == pytest.approx(final_score, abs=1e-2)
 
 
 def test_the_reference_executor_finds_the_same_circuit(case):
