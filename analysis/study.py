@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from importlib import metadata
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
@@ -30,7 +30,7 @@ from subcircuit.analysis.sweep import Scores, sweep
 from subcircuit.analysis.tasks import Task, task_names
 from subcircuit.analysis.tasks import task as build_task
 from subcircuit.engine.config import ModelConfig, RopeScaling
-from subcircuit.engine.errors import StoreError, TaskError
+from subcircuit.engine.errors import PatchError, StoreError, TaskError
 from subcircuit.engine.model import HookedTransformer
 from subcircuit.engine.patching import Site
 from subcircuit.engine.patching.session import Executor, Precision
@@ -85,11 +85,15 @@ def study(
 
     Each stage's result is written whole when it is done; with `resume` it is not computed again. A task that does not
     fit a model's tokenizer, or that the model does not do (it does not prefer the answers), is left out with a note in
-    run.json.
+    run.json. Every model is loaded and its tasks are built before the first long stage, so that what is wrong with the
+    last of several models is said at once.
 
     Raises TaskError for an unknown task, or when none is left for a model; WeightsError for an unknown model;
-    StoreError when the folder is taken.
+    PatchError for an option that is not known; StoreError when the folder is taken, or for both `resume` and
+    `overwrite`, which would delete what should be resumed.
     """
+    if resume and overwrite:
+        raise StoreError("resume and overwrite contradict each other; expected one of them")
     settings = replace(
         settings, models=tuple(dict.fromkeys(settings.models)), tasks=tuple(dict.fromkeys(settings.tasks))
     )
@@ -98,6 +102,7 @@ def study(
     for name in settings.tasks:
         if name not in task_names():
             raise TaskError(f"task {name!r} is not known; expected one of {', '.join(task_names())}")
+    _check_options(settings)
     run = {
         "command": command,
         "settings": {
@@ -112,14 +117,43 @@ def study(
         "notes": [],
     }
     directory = RunDirectory.create(out, run, resume=resume, overwrite=overwrite)
-    for name, slug in zip(settings.models, _slugs(settings.models), strict=True):
-        if not _is_finished(directory, slug):
-            _ModelStudy(directory, settings, name, slug, progress or (lambda stage, done, total: None)).run()
+    studies = [
+        _ModelStudy(directory, settings, name, slug, progress or (lambda stage, done, total: None))
+        for name, slug in zip(settings.models, _slugs(settings.models), strict=True)
+        if not _is_finished(directory, slug)
+    ]
+    # The first model last: it stays loaded for its study, and no other does, so that only one is in memory.
+    for model_study in reversed(studies):
+        model_study.prepare()
+        if model_study is not studies[0]:
+            model_study.loaded = None
+    for model_study in studies:
+        model_study.run()
     with _timed(directory, "report"):
         write_report(directory)
     peak = max(directory.run.get("peak_memory_bytes", 0), _peak_memory_bytes())
     directory.update_run(finished=_now(), peak_memory_bytes=peak)
     return directory
+
+
+def _check_options(settings: StudySettings) -> None:
+    """Raises PatchError for what a later stage would refuse, when much is computed already."""
+    choices = {
+        "source": ("corrupted", "mean", "zero"),
+        "first": get_args(Direction),
+        "precision": get_args(Precision),
+        "executor": get_args(Executor),
+    }
+    for name, known in choices.items():
+        value = getattr(settings, name)
+        if value not in known:
+            raise PatchError(f"{name} {value!r} is not known; expected one of {', '.join(known)}")
+    if not settings.threshold > 0:
+        raise PatchError(f"threshold {settings.threshold} must be positive: points of score that the circuit may lose")
+    for name in ("n", "max_sweeps", "n_random"):
+        value = getattr(settings, name)
+        if value is not None and value < 1:
+            raise PatchError(f"{name} is {value}; expected at least 1")
 
 
 def circuits_of(directory: RunDirectory, slug: str) -> dict[str, Circuit]:
@@ -247,17 +281,29 @@ class _ModelStudy:
     tasks: dict[str, Task] = field(default_factory=dict)
     clean: dict[str, dict[str, Any]] = field(default_factory=dict)
     circuits: dict[str, Circuit] = field(default_factory=dict)
+    loaded: HookedTransformer | None = None
+
+    @property
+    def model(self) -> HookedTransformer:
+        """The model, loaded when it is first needed."""
+        if self.loaded is None:
+            with self._stage("load"):
+                self.loaded = load(self.name, dtype=self.settings.dtype, device=self.settings.device)
+        return self.loaded
+
+    def prepare(self) -> None:
+        """Load the model and build its tasks."""
+        self._describe()
+        with suitable_threads(self.model), self._stage("tasks"):
+            self._build_tasks()
 
     def run(self) -> None:
-        with self._stage("load"):
-            self.model = load(self.name, dtype=self.settings.dtype, device=self.settings.device)
-            self._describe()
+        """The long stages."""
         with suitable_threads(self.model):
-            with self._stage("tasks"):
-                self._build_tasks()
             for task_name, task in self.tasks.items():
                 self._study_task(task_name, task)
             self._compare()
+        self.loaded = None
 
     @contextmanager
     def _stage(self, name: str) -> Iterator[Callable[[int, int], None]]:
@@ -294,7 +340,9 @@ class _ModelStudy:
         before = models.get(self.slug)
         if before is not None and before["fingerprint"] != description["fingerprint"]:
             raise StoreError(f"{self.directory.path} was run with other weights of {self.name}; it cannot be resumed")
-        self.directory.update_run(models=list((models | {self.slug: description}).values()))
+        models[self.slug] = description
+        in_order = [models[slug] for slug in _slugs(self.settings.models) if slug in models]
+        self.directory.update_run(models=in_order)
 
     def _build_tasks(self) -> None:
         """Every task that fits the tokenizer and that the model does, before any long work: errors come early."""
@@ -315,7 +363,7 @@ class _ModelStudy:
                 reasons.append(f"{self.name}: {error}")
         if not self.tasks:
             raise TaskError(reasons[0])
-        self.directory.update_run(notes=list(dict.fromkeys([*self.directory.run["notes"], *reasons])))
+        self.directory.update_run(notes=list(dict.fromkeys([*reasons, *self.directory.run["notes"]])))
 
     @torch.no_grad()
     def _clean_run(self, task: Task) -> dict[str, Any]:

@@ -17,6 +17,8 @@ import importlib
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
+from subcircuit.engine import errors
+
 if TYPE_CHECKING:
     from subcircuit.analysis.circuit import Circuit, TraceStep, intersection, union
     from subcircuit.analysis.compare import cross_task_scores, jaccard_matrix
@@ -71,6 +73,7 @@ __all__ = [
     "__version__",
     "cross_task_scores",
     "discover",
+    "errors",
     "intersection",
     "jaccard_matrix",
     "known_models",

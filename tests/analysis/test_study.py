@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import re
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -15,7 +17,7 @@ from subcircuit.analysis.report import write_report
 from subcircuit.analysis.study import StudySettings, circuits_of, scores_of, study
 from subcircuit.analysis.sweep import sweep
 from subcircuit.analysis.tasks import task
-from subcircuit.engine.errors import StoreError, TaskError
+from subcircuit.engine.errors import PatchError, StoreError, TaskError, WeightsError
 from subcircuit.weights.names import load
 
 SETTINGS = StudySettings(models=("tiny-gpt2",), tasks=("numerals", "months"), n=8, n_random=4, max_sweeps=1)
@@ -86,11 +88,42 @@ def test_a_study_that_was_killed_goes_on_where_it_stopped_and_ends_the_same(run,
             study(SETTINGS, str(tmp_path / "run"))
     assert not (tmp_path / "run" / "report.html").exists()
     again = study(SETTINGS, str(tmp_path / "run"), resume=True)
-    for name in [*files_of(run, "results"), *files_of(run, "circuits")]:
-        assert again.read_json(name) == run.read_json(name)
-    for name in [*files_of(run, "scores"), "scores.csv"]:
+    for name in [*files_of(run, "results"), *files_of(run, "circuits"), *files_of(run, "scores"), "scores.csv"]:
         assert (again.path / name).read_bytes() == (run.path / name).read_bytes()
     assert [model["slug"] for model in again.run["models"]] == ["tiny-gpt2"]
+
+
+@pytest.mark.usefixtures("no_report")
+def test_a_stage_that_was_finished_before_a_kill_is_not_computed_again(run, tmp_path, monkeypatch):
+    calls = []
+
+    def watch(patch, stage, dies_at=None):
+        real = getattr(study_module, stage)
+
+        def watched(*args, **options):
+            calls.append(stage)
+            if calls.count(stage) == dies_at:
+                raise KeyboardInterrupt
+            return real(*args, **options)
+
+        patch.setattr(study_module, stage, watched)
+
+    with monkeypatch.context() as patch:
+        watch(patch, "discover", dies_at=2)
+        with pytest.raises(KeyboardInterrupt):
+            study(SETTINGS, str(tmp_path / "run"))
+    folder = tmp_path / "run"
+    finished = {
+        file: file.stat().st_ino for part in ("scores", "circuits", "results") for file in folder.glob(f"{part}/*")
+    }
+    assert len(finished) == 4
+    calls.clear()
+    with monkeypatch.context() as patch:
+        for stage in ("sweep", "discover", "node_drops", "random_circuits"):
+            watch(patch, stage)
+        study(SETTINGS, str(folder), resume=True)
+    assert calls == ["discover", "node_drops", "random_circuits"]
+    assert finished == {file: file.stat().st_ino for file in finished}
 
 
 def files_of(run, folder):
@@ -105,6 +138,18 @@ def test_what_cannot_be_studied_is_said_before_anything_is_written(tmp_path):
         study(replace(SETTINGS, tasks=()), str(tmp_path / "a"))
     with pytest.raises(TaskError, match="task 'colours' is not known; expected one of numerals"):
         study(replace(SETTINGS, tasks=("months", "colours")), str(tmp_path / "a"))
+    for wrong, words in (
+        ({"threshold": 0.0}, "threshold 0.0 must be positive"),
+        ({"threshold": float("nan")}, "must be positive"),
+        ({"source": "median"}, "source 'median' is not known; expected one of corrupted"),
+        ({"first": "sideways"}, "first 'sideways' is not known"),
+        ({"precision": "fp8"}, "precision 'fp8' is not known"),
+        ({"executor": "abacus"}, "executor 'abacus' is not known"),
+        ({"n_random": 0}, "n_random is 0; expected at least 1"),
+        ({"n": 0}, "n is 0; expected at least 1"),
+    ):
+        with pytest.raises(PatchError, match=words):
+            study(replace(SETTINGS, **wrong), str(tmp_path / "a"))
     with pytest.raises(TaskError, match="unknown template 'sung'"):
         study(replace(SETTINGS, template="sung"), str(tmp_path / "b"))
     (tmp_path / "c").mkdir()
@@ -113,6 +158,42 @@ def test_what_cannot_be_studied_is_said_before_anything_is_written(tmp_path):
         study(SETTINGS, str(tmp_path / "c"))
     assert not (tmp_path / "a").exists()
     study(replace(SETTINGS, tasks=("months",), n=2, n_random=1), str(tmp_path / "b"))
+
+
+def test_an_unknown_second_model_is_said_before_the_first_is_studied(tmp_path, monkeypatch):
+    def never(*args, **options):
+        raise AssertionError("long work before every model was looked at")
+
+    monkeypatch.setattr(study_module, "sweep", never)
+    with pytest.raises(WeightsError, match="unknown model 'no-such'"):
+        study(replace(SETTINGS, models=("tiny-gpt2", "no-such")), str(tmp_path / "run"))
+    assert sorted(file.name for file in (tmp_path / "run").iterdir()) == ["run.json"]
+
+
+@pytest.mark.usefixtures("no_report")
+def test_several_models_are_studied_one_after_the_other_and_one_is_in_memory(tmp_path, monkeypatch):
+    alive = weakref.WeakSet()
+
+    def watched(name, **options):
+        gc.collect()
+        assert not alive
+        model = load("tiny-gpt2", **options)
+        alive.add(model)
+        return model
+
+    monkeypatch.setattr(study_module, "load", watched)
+    settings = replace(SETTINGS, models=("one", "two"), tasks=("months",), n=2, n_random=1)
+    found = study(settings, str(tmp_path / "run"))
+    assert [model["name"] for model in found.run["models"]] == ["one", "two"]
+    one, two = (found.read_json(f"circuits/{slug}.months.json") for slug in ("one", "two"))
+    assert one == two
+
+
+def test_resume_and_overwrite_together_delete_nothing(run):
+    before = sorted(file for file in run.path.rglob("*"))
+    with pytest.raises(StoreError, match="resume and overwrite contradict each other"):
+        study(SETTINGS, str(run.path), resume=True, overwrite=True)
+    assert sorted(file for file in run.path.rglob("*")) == before
 
 
 def test_a_task_that_a_model_cannot_do_is_left_out_with_a_note(tmp_path, monkeypatch):

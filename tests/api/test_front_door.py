@@ -45,6 +45,12 @@ def test_a_task_of_tensors_needs_no_tokenizer(model):
     assert torch.equal(a, b)
 
 
+def test_every_error_can_be_caught_by_its_name(model):
+    with pytest.raises(sc.errors.TaskError, match="colours"):
+        sc.task("colours", model)
+    assert issubclass(sc.errors.WeightsError, sc.SubcircuitError)
+
+
 def test_every_public_name_can_be_imported():
     for name in sc.__all__:
         assert getattr(sc, name) is not None
