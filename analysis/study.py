@@ -117,8 +117,9 @@ def study(
         "notes": [],
     }
     directory = RunDirectory.create(out, run, resume=resume, overwrite=overwrite)
+    progress = progress or (lambda stage, done, total: None)
     studies = [
-        _ModelStudy(directory, settings, name, slug, progress or (lambda stage, done, total: None))
+        _ModelStudy(directory, settings, name, slug, progress)
         for name, slug in zip(settings.models, _slugs(settings.models), strict=True)
         if not _is_finished(directory, slug)
     ]
@@ -129,8 +130,10 @@ def study(
             model_study.loaded = None
     for model_study in studies:
         model_study.run()
+    progress("report", 0, 1)
     with _timed(directory, "report"):
         write_report(directory)
+    progress("report", 1, 1)
     peak = max(directory.run.get("peak_memory_bytes", 0), _peak_memory_bytes())
     directory.update_run(finished=_now(), peak_memory_bytes=peak)
     return directory

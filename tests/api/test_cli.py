@@ -96,12 +96,14 @@ def test_a_study_ends_with_its_findings_and_the_report(run, tmp_path):
         "tiny-gpt2: numerals, pruning ()",
         "tiny-gpt2: numerals, drops and random circuits ()",
         "tiny-gpt2: circuits on each other's tasks ()",
+        "report ()",
     ]
     status, _, err = run(*arguments)
     assert status == 2
     assert "holds a run already; expected --resume" in err
     status, out, err = run(*arguments, "--resume", "--json")
-    assert (status, err) == (0, "")
+    assert status == 0
+    assert re.fullmatch(r"report \([\d.]+ s\)\n", err), "nothing else is done again"
     circuit = json.loads(out)["models"]["tiny-gpt2"]["circuits"]["numerals"]
     assert circuit["heads"]
     assert len(circuit["random_scores"]) == 2
