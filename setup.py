@@ -11,6 +11,7 @@ FOLDERS = {
     "subcircuit.kernels": "kernels",
     "subcircuit.weights": "weights",
     "subcircuit.analysis": "analysis",
+    "subcircuit.commands": "api/commands",
 }
 
 TEST = ["pytest>=8", "hypothesis>=6", "transformers>=4.56", "tokenizers>=0.20", "protobuf>=4"]

@@ -15,7 +15,7 @@ import pytest
 from rich.console import Console
 
 import subcircuit as sc
-from subcircuit import cli
+from subcircuit import cli, console, options
 
 
 @pytest.fixture
@@ -131,14 +131,14 @@ def test_help_is_shown_where_nothing_is_asked_for(run, arguments):
 
 
 def test_the_tasks_that_help_names_are_those_there_are():
-    assert cli.TASKS.replace(" or ", ", ").split(", ") == list(sc.task_names())
+    assert options.TASKS.replace(" or ", ", ").split(", ") == list(sc.task_names())
 
 
 def test_bars_on_a_terminal_show_rate_and_time_left(monkeypatch):
     screen = io.StringIO()
     terminal = Console(file=screen, force_terminal=True, width=140)
-    monkeypatch.setattr(cli, "err", terminal)
-    with cli._progress(quiet=False) as progress:
+    monkeypatch.setattr(console, "err", terminal)
+    with console.progress_bars(quiet=False) as progress:
         for done in range(0, 50, 10):
             progress("tiny-gpt2: months, sweep", done, 100)
             time.sleep(0.15)

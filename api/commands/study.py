@@ -1,0 +1,133 @@
+"""subcircuit study, subcircuit report."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+import subcircuit as sc
+from subcircuit.console import new_table, out, progress_bars
+from subcircuit.options import (
+    TASKS,
+    DeviceOption,
+    Direction,
+    DtypeOption,
+    Executor,
+    ExecutorOption,
+    FilterOption,
+    FirstOption,
+    JsonOption,
+    MaxSweepsOption,
+    NOption,
+    Precision,
+    PrecisionOption,
+    QuietOption,
+    SeedOption,
+    TemplateOption,
+    ThresholdOption,
+)
+
+if TYPE_CHECKING:
+    from subcircuit.analysis.store import RunDirectory
+
+
+def study(
+    model: Annotated[list[str], typer.Option("--model", "-m", help="A model; may be given several times.")],
+    out_dir: Annotated[Path, typer.Option("--out", "-o", help="The run directory to write.")],
+    tasks: Annotated[
+        str, typer.Option("--tasks", "--task", "-t", help=f"Joined by commas: {TASKS}.")
+    ] = "numerals,number_words,months",
+    n: NOption = 32,
+    seed: SeedOption = 0,
+    template: TemplateOption = "all",
+    only_answered: FilterOption = False,
+    source: Annotated[str, typer.Option(help="What the sweeps put in place: corrupted, mean or zero.")] = "corrupted",
+    threshold: ThresholdOption = 20.0,
+    first: FirstOption = Direction.backward,
+    max_sweeps: MaxSweepsOption = None,
+    precision: PrecisionOption = Precision.fp32,
+    executor: ExecutorOption = Executor.torch,
+    dtype: DtypeOption = "float32",
+    device: DeviceOption = "cpu",
+    n_random: Annotated[
+        int | None, typer.Option("--random", min=1, help="Random circuits per task; 50 for a small model, else 10.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run that is there.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete the run that is there.")] = False,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Find the circuits of several tasks in one or more models, compare them, and write a report."""
+    settings = sc.StudySettings(
+        models=tuple(model),
+        tasks=tuple(name.strip() for name in tasks.split(",") if name.strip()),
+        n=n,
+        seed=seed,
+        template=template,
+        filter=only_answered,
+        source=source,
+        threshold=threshold,
+        first=first.value,
+        max_sweeps=max_sweeps,
+        precision=precision.value,
+        executor=executor.value,
+        dtype=dtype,
+        device=device,
+        n_random=n_random,
+    )
+    command = shlex.join(["subcircuit", *sys.argv[1:]])
+    with progress_bars(quiet) as progress:
+        run = sc.study(settings, str(out_dir), resume=resume, overwrite=overwrite, command=command, progress=progress)
+    if as_json:
+        print(json.dumps({"out": str(run.path), "report": str(run.path / "report.html"), **_study_values(run)}))
+    else:
+        _print_study(run)
+
+
+def report(directory: Annotated[Path, typer.Argument(help="A run directory.")]) -> None:
+    """Write the report of a run directory anew."""
+    from subcircuit.analysis.report import write_report
+    from subcircuit.analysis.store import RunDirectory
+
+    print(write_report(RunDirectory.open(directory)))
+
+
+def _study_values(run: RunDirectory) -> dict[str, Any]:
+    from subcircuit.analysis.study import circuits_of
+
+    values: dict[str, Any] = {"models": {}, "notes": run.run["notes"], "timings": run.run["timings"]}
+    for model in run.run["models"]:
+        slug = model["slug"]
+        compare = run.read_json(f"results/{slug}.compare.json")
+        circuits = {}
+        for task, circuit in circuits_of(run, slug).items():
+            result = run.read_json(f"results/{slug}.{task}.json")
+            found = {"heads": circuit.heads, "mlps": circuit.mlps, "score": circuit.score}
+            circuits[task] = found | {name: result[name] for name in ("accuracy", "random_scores")}
+        shared = {name: compare[name] for name in ("shared", "cross_task", "cross_task_columns", "jaccard_heads")}
+        values["models"][model["name"]] = {"circuits": circuits, **shared}
+    return values
+
+
+def _print_study(run: RunDirectory) -> None:
+    for name, found in _study_values(run)["models"].items():
+        out.print(f"\n{name}", style="bold")
+        table = new_table("task", "top-1", "heads", "MLPs", "score", "random, mean", "random, best")
+        for task, circuit in found["circuits"].items():
+            baseline = circuit["random_scores"]
+            numbers = [circuit["score"], sum(baseline) / len(baseline), max(baseline)]
+            sizes = len(circuit["heads"]), len(circuit["mlps"])
+            table.add_row(task, f"{circuit['accuracy']:.0%}", *map(str, sizes), *(f"{value:.1f}" for value in numbers))
+        out.print(table)
+        if len(found["circuits"]) > 1:
+            heads = " ".join(f"{layer}.{head}" for layer, head in found["shared"]["heads"]) or "none"
+            mlps = " ".join(map(str, found["shared"]["mlps"])) or "none"
+            out.print(f"in every circuit: heads {heads}; MLPs {mlps}")
+    for note in run.run["notes"]:
+        out.print(f"note: {note}")
+    out.print(f"\n{sum(run.run['timings'].values()):.0f} s in all. Report: {run.path / 'report.html'}")

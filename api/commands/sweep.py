@@ -1,0 +1,95 @@
+"""subcircuit sweep."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import subcircuit as sc
+from subcircuit.console import new_table, out, progress_bars, write_csv
+from subcircuit.options import (
+    DeviceOption,
+    DtypeOption,
+    Executor,
+    ExecutorOption,
+    FilterOption,
+    JsonOption,
+    ModelOption,
+    NOption,
+    Precision,
+    PrecisionOption,
+    QuietOption,
+    SeedOption,
+    SourceOption,
+    TaskOption,
+    TemplateOption,
+)
+
+
+def sweep(
+    model: ModelOption,
+    task: TaskOption,
+    components: Annotated[
+        str, typer.Option("--components", "-c", help="heads, mlps, keys, values, …, joined by +, or a5.h1.")
+    ] = "heads",
+    positions: Annotated[
+        str | None, typer.Option(help="Positions such as -1 or 4,6, or 'each'; all if left out.")
+    ] = None,
+    n: NOption = 32,
+    seed: SeedOption = 0,
+    template: TemplateOption = "all",
+    only_answered: FilterOption = False,
+    source: SourceOption = "corrupted",
+    precision: PrecisionOption = Precision.fp32,
+    executor: ExecutorOption = Executor.torch,
+    dtype: DtypeOption = "float32",
+    device: DeviceOption = "cpu",
+    top: Annotated[int, typer.Option(min=1, help="Sites to print, the largest effects first.")] = 10,
+    csv_file: Annotated[Path | None, typer.Option("--out", "-o", help="Write every site to this CSV file.")] = None,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Patch every component in turn and measure its effect on the logit difference."""
+    from subcircuit.analysis.study import suitable_threads
+
+    where = _positions(positions)
+    loaded = sc.load(model, dtype=dtype, device=device)
+    prompts = sc.task(task, loaded, n=n, seed=seed, template=template, filter=only_answered)
+    with progress_bars(quiet) as progress, suitable_threads(loaded):
+        scores = sc.sweep(
+            loaded,
+            prompts,
+            components,
+            source=source,
+            positions=where,
+            executor=executor.value,
+            precision=precision.value,
+            progress=lambda done, total: progress("sweep", done, total),
+        )
+    rows = scores.table()
+    if csv_file is not None:
+        write_csv(csv_file, rows)
+    if as_json:
+        print(json.dumps({"settings": scores.settings, "sites": rows}))
+        return
+    clean = float(scores.clean_metric.mean())
+    out.print(f"{len(rows)} sites × {scores.effects.shape[1]} prompts, clean logit difference {clean:.3f}")
+    table = new_table("site", "effect", "± s.e.", "share")
+    for row in sorted(rows, key=lambda row: -abs(row["effect"]))[:top]:
+        numbers = f"{row['effect']:+.3f}", f"{row['standard_error']:.3f}", f"{row['share']:+.1%}"
+        table.add_row(row["site"], *numbers)
+    out.print(table)
+    if csv_file is not None:
+        out.print(f"All sites: {csv_file}")
+
+
+def _positions(text: str | None) -> str | list[int] | None:
+    if text is None or text == "each":
+        return text
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise typer.BadParameter(f"positions {text!r}: expected integers joined by commas, or 'each'") from None

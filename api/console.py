@@ -1,0 +1,110 @@
+"""What commands write: the two consoles, tables, CSV files, progress."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+# Where no terminal says how wide it is, tables are as wide as they need to be.
+out = Console(width=None if sys.stdout.isatty() else 160, soft_wrap=True, markup=False, highlight=False)
+err = Console(stderr=True, markup=False, highlight=False)
+
+
+_NUMBERS = ("effect", "± s.e.", "share", "top-1", "heads", "MLPs", "score", "random, mean", "random, best")
+
+
+def new_table(*columns: str) -> Table:
+    table = Table(box=None, pad_edge=False, show_header=any(columns), padding=(0, 2, 0, 0))
+    for column in columns:
+        table.add_column(column, justify="right" if column in _NUMBERS else "left", no_wrap=column == "name")
+    return table
+
+
+def write_csv(file: Path, rows: list[dict[str, Any]]) -> None:
+    import csv
+    import io
+
+    from subcircuit.analysis.store import write_whole
+
+    text = io.StringIO()
+    writer = csv.DictWriter(text, rows[0].keys(), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_whole(file, text.getvalue().encode("utf-8"))
+
+
+Update = Callable[[str, int, int], None]
+"""Takes what is being done, units done, units in all."""
+
+
+@contextmanager
+def progress_bars(quiet: bool) -> Iterator[Update]:
+    """Progress on standard error: bars with rate and time left on a terminal, else a line per finished stage."""
+    if quiet:
+        yield lambda stage, done, total: None
+    elif err.is_terminal:
+        with _bars() as update:
+            yield update
+    else:
+        lines = _Lines()
+        yield lines.update
+        lines.finish()
+
+
+class _Lines:
+    """A line for each stage when the next one begins."""
+
+    def __init__(self) -> None:
+        self.stage, self.start = "", time.perf_counter()
+
+    def update(self, stage: str, done: int, total: int) -> None:
+        if stage != self.stage:
+            self.finish()
+            self.stage, self.start = stage, time.perf_counter()
+
+    def finish(self) -> None:
+        if self.stage:
+            print(f"{self.stage} ({time.perf_counter() - self.start:.1f} s)", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def _bars() -> Iterator[Update]:
+    """A bar per stage; pruning fills its bar once per sweep."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import Task as Bar
+    from rich.text import Text
+
+    class RateAndTimeLeft(ProgressColumn):
+        def render(self, task: Bar) -> Text:
+            if task.finished or not task.speed:
+                return Text("")
+            left = f", {task.time_remaining:.0f} s left" if task.time_remaining is not None else ""
+            rate = f"{task.speed:,.0f}" if task.speed >= 10 else f"{task.speed:.1f}"
+            return Text(f"{rate} {_unit(task.description)}/s{left}", style="dim")
+
+    columns = [TextColumn("{task.description}"), BarColumn(bar_width=30), MofNCompleteColumn()]
+    with Progress(*columns, TimeElapsedColumn(), RateAndTimeLeft(), console=err) as bars:
+        current: dict[str, Any] = {}
+
+        def update(stage: str, done: int, total: int) -> None:
+            bar = current.get(stage)
+            if bar is None:
+                bar = current[stage] = bars.add_task(stage, total=total)
+            elif done < bars.tasks[bar].completed:
+                bars.reset(bar, total=total)
+            bars.update(bar, completed=done, total=total)
+
+        yield update
+
+
+def _unit(stage: str) -> str:
+    """What a stage counts."""
+    units = {"sweep": "rows", "pruning": "candidates", "random": "circuits"}
+    return next((unit for word, unit in units.items() if word in stage), "")

@@ -1,0 +1,44 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Annotated
+
+import typer
+
+
+class Precision(StrEnum):
+    fp32 = "fp32"
+    bf16 = "bf16"
+    fp64 = "fp64"
+
+
+class Executor(StrEnum):
+    torch = "torch"
+    reference = "reference"
+
+
+class Direction(StrEnum):
+    backward = "backward"
+    forward = "forward"
+
+
+TASKS = "numerals, number_words, months, weekdays or letters"
+
+ModelOption = Annotated[str, typer.Option("--model", "-m", help="A short name, a directory, a .gguf file or a hub id.")]
+TaskOption = Annotated[str, typer.Option("--task", "--tasks", "-t", help=f"{TASKS}.")]
+NOption = Annotated[int, typer.Option("--n", "-n", min=1, help="Prompts per task.")]
+SeedOption = Annotated[int, typer.Option(help="Of the prompts, and of everything drawn at random.")]
+TemplateOption = Annotated[str, typer.Option(help="done, lost, born, bare, several joined by +, or all that fit.")]
+FilterOption = Annotated[bool, typer.Option("--filter", help="Only prompts that the model answers, as in the paper.")]
+SourceOption = Annotated[str, typer.Option(help="What a patch puts in place: corrupted, mean or zero.")]
+PrecisionOption = Annotated[Precision, typer.Option(help="Of the products of differences.")]
+ExecutorOption = Annotated[Executor, typer.Option(help="torch: differences only; reference: full forwards.")]
+DtypeOption = Annotated[str, typer.Option(help="Of the model's weights: float32, bfloat16, float16 or float64.")]
+DeviceOption = Annotated[str, typer.Option(help="Where the model runs: cpu, cuda, cuda:1, …")]
+JsonOption = Annotated[bool, typer.Option("--json", help="The result as JSON on standard output.")]
+QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on standard error.")]
+ThresholdOption = Annotated[float, typer.Option(help="Points of score that the circuit may lose.")]
+FirstOption = Annotated[Direction, typer.Option(help="Direction of the first pruning sweep.")]
+MaxSweepsOption = Annotated[int | None, typer.Option(min=1, help="At most so many pruning sweeps.")]
