@@ -9,6 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from subcircuit.engine.config import ModelConfig, RopeScaling
+from subcircuit.kernels.rotary import rotate as rotate
 
 
 def rope_frequencies(config: ModelConfig) -> Float[Tensor, "half"]:
@@ -42,13 +43,3 @@ def rope_tables(
     angles = positions.to(angle_dtype)[..., None] * frequencies.to(device=positions.device, dtype=angle_dtype)
     angles = angles.unsqueeze(-2)
     return angles.cos().to(dtype), angles.sin().to(dtype)
-
-
-def rotate(
-    x: Float[Tensor, "*batch pos head d_head"],
-    cos: Float[Tensor, "*batch pos 1 half"],
-    sin: Float[Tensor, "*batch pos 1 half"],
-) -> Float[Tensor, "*batch pos head d_head"]:
-    """x with every pair (x[i], x[i + d_head/2]) turned by its position's angle. Linear in x, so it turns δ as well."""
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)

@@ -9,8 +9,13 @@ per KV head, with the queries of its group side by side; keys are never repeated
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+from subcircuit.kernels.rotary import Rotation, rotate_last
+
+HeadPatch = tuple[Bool[Tensor, "#set #q_pos head"], Float[Tensor, "#prompt q_pos head d_head"]]
+"""Which (set, position, head) have their δz replaced, and by what: source − clean."""
 
 
 def attention_delta(
@@ -22,11 +27,61 @@ def attention_delta(
     delta_k: Float[Tensor, "#set prompt new_pos kv_head d_head"] | None,
     delta_v: Float[Tensor, "#set prompt new_pos kv_head d_head"] | None,
     out_dtype: torch.dtype,
-) -> Float[Tensor, "set prompt q_pos head d_head"]:
+    *,
+    rotation: Rotation | None = None,
+    patch: HeadPatch | None = None,
+    first: Int[Tensor, "prompt"] | None = None,
+) -> Float[Tensor, "#set prompt q_pos head d_head"]:
     """Change of z at the last `q_pos` positions; δk and δv cover the last `new_pos` ones. None stands for no change.
 
-    q and k are after rotary embedding. Softmax in the operands' own precision, result cast to `out_dtype`.
+    The clean q and k are after rotary embedding. With `rotation`, tables over all k_pos positions, δq and δk are given
+    before it and turned here. `patch` puts its own δ in place of δz where its mask is true. `first` counts each
+    prompt's leading positions of the new_pos axis (of q_pos where δk and δv are both None) that cannot differ: whatever
+    δq, δk and δv hold there counts as 0, and δz is 0 for queries there, unless patched.
+
+    The result has one set where every δ and the patch's mask have one, and then stands for all of them.
+    Sums, scores and softmax in float32, in float64 where the clean side is; the result is cast to `out_dtype`.
     """
+    n_new = next((x.shape[2] for x in (delta_k, delta_v) if x is not None), clean_q.shape[1])
+    if first is not None:
+        delta_q, delta_k, delta_v = (
+            None if x is None else x.masked_fill(_before(first, n_new, x.shape[2]), 0)
+            for x in (delta_q, delta_k, delta_v)
+        )
+    delta_q, delta_k = rotate_last(delta_q, rotation), rotate_last(delta_k, rotation)
+    out = _change_of_z(clean_q, clean_k, clean_v, clean_z, delta_q, delta_k, delta_v, out_dtype)
+    if first is not None:
+        out.masked_fill_(_before(first, n_new, out.shape[2]), 0)
+    return out if patch is None else replace_heads(out, patch)
+
+
+def replace_heads(
+    delta_z: Float[Tensor, "#set prompt q_pos head d_head"], patch: HeadPatch
+) -> Float[Tensor, "set prompt q_pos head d_head"]:
+    """δz with the patch's δ where its mask is true."""
+    mask, source_delta = patch
+    return torch.where(mask[:, None, :, :, None], source_delta.to(delta_z.dtype), delta_z)
+
+
+def _before(first: Int[Tensor, "prompt"], n_new: int, n_last: int) -> Bool[Tensor, "prompt last_pos 1 1"]:
+    """Which of the last `n_last` of `n_new` positions stand before each prompt's first one that can differ."""
+    positions = torch.arange(n_new - n_last, n_new, device=first.device)
+    return (positions < first[:, None])[..., None, None]
+
+
+def _change_of_z(
+    clean_q: Tensor,
+    clean_k: Tensor,
+    clean_v: Tensor,
+    clean_z: Tensor,
+    delta_q: Tensor | None,
+    delta_k: Tensor | None,
+    delta_v: Tensor | None,
+    out_dtype: torch.dtype,
+) -> Float[Tensor, "#set prompt q_pos head d_head"]:
+    """δz with nothing to turn, leave out or patch: two batched products over (set, prompt, KV head)."""
+    dtype = torch.promote_types(clean_q.dtype, torch.float32)
+    clean_q, clean_k, clean_v = (x.to(dtype) for x in (clean_q, clean_k, clean_v))
     n_prompts, n_q, n_heads, d_head = clean_q.shape
     n_k, n_kv = clean_k.shape[1:3]
     group = n_heads // n_kv
