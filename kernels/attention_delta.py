@@ -12,6 +12,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from subcircuit.kernels import native
+from subcircuit.kernels.backend import Backend
 from subcircuit.kernels.rotary import Rotation, rotate_last
 
 HeadPatch = tuple[Bool[Tensor, "#set #q_pos head"], Float[Tensor, "#prompt q_pos head d_head"]]
@@ -31,6 +33,7 @@ def attention_delta(
     rotation: Rotation | None = None,
     patch: HeadPatch | None = None,
     first: Int[Tensor, "prompt"] | None = None,
+    backend: Backend = "torch",
 ) -> Float[Tensor, "#set prompt q_pos head d_head"]:
     """Change of z at the last `q_pos` positions; δk and δv cover the last `new_pos` ones. None stands for no change.
 
@@ -42,6 +45,9 @@ def attention_delta(
     The result has one set where every δ and the patch's mask have one, and then stands for all of them.
     Sums, scores and softmax in float32, in float64 where the clean side is; the result is cast to `out_dtype`.
     """
+    if backend == "native" and first is None and native.runs_on(clean_q, clean_k, product_dtype=out_dtype):
+        clean, deltas = (clean_q, clean_k, clean_v, clean_z), (delta_q, delta_k, delta_v)
+        return native.attention_delta(clean, deltas, out_dtype, rotation, patch)
     n_new = next((x.shape[2] for x in (delta_k, delta_v) if x is not None), clean_q.shape[1])
     if first is not None:
         delta_q, delta_k, delta_v = (

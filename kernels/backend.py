@@ -1,4 +1,4 @@
-"""Where a kernel runs: plain torch or Triton. The one place that knows whether Triton is there, and in which version.
+"""Where a kernel runs: plain torch, C on a CPU, or Triton. The one place that knows whether Triton is there, and in which version.
 
 Triton reads TRITON_INTERPRET when a kernel is defined, so it has to be set before this package is imported; the
 kernels then run, slowly, on the CPU.
@@ -10,7 +10,8 @@ from typing import Any, Literal
 
 import torch
 
-Backend = Literal["torch", "triton"]
+Backend = Literal["torch", "native", "triton"]
+"""Plain torch; the C kernels of `native` where they apply, else torch; Triton."""
 
 try:
     import triton

@@ -21,5 +21,5 @@ def readout(
     direction: Float[Tensor, "prompt d_model"],
 ) -> Float[Tensor, "set prompt"]:
     """Change of the logit difference that `direction` reads from the normed final residual stream."""
-    normed = norm_delta(clean, clean_normed, delta, weight, bias, eps, delta.dtype)
+    _, normed = norm_delta(clean, clean_normed, delta, weight, bias, eps, delta.dtype)
     return (normed * direction).sum(-1)

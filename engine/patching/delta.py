@@ -33,9 +33,10 @@ from subcircuit.engine.patching.compile import HookPatch, compile_masks, hook_pa
 from subcircuit.engine.patching.plan import Start
 from subcircuit.engine.patching.sites import PatchSet
 from subcircuit.engine.patching.sources import AlignedPrompts, Sources, activations
-from subcircuit.engine.rope import rope_frequencies, rope_tables, rotate
+from subcircuit.engine.rope import rope_frequencies, rope_tables
 from subcircuit.kernels.activation_delta import activation_delta
 from subcircuit.kernels.attention_delta import attention_delta
+from subcircuit.kernels.backend import Backend
 from subcircuit.kernels.head_fanout import head_fanout
 from subcircuit.kernels.norm_delta import norm_delta
 from subcircuit.kernels.readout import readout
@@ -43,24 +44,29 @@ from subcircuit.kernels.readout import readout
 Delta = Float[Tensor, "#set prompt pos d"]
 Patches = dict[str, list[HookPatch]]
 
+Split = tuple[Delta | None, Delta | None]
+"""A residual stream's δ as what it was before a product was added to it, and that product, still in the precision of the
+products: the next norm adds them while it reads them."""
+
+NOTHING: Split = (None, None)
+
 
 @dataclass(frozen=True)
 class LayerWeights:
-    """A block's linear weights, [out, in], in the dtype of the δ products."""
+    """A block's linear weights, [out, in], in the dtype of the δ products; those that share an input are one."""
 
-    q: Tensor
-    k: Tensor
-    v: Tensor
+    qkv: Tensor
     o: Tensor
-    w_in: Tensor
-    w_gate: Tensor | None
-    w_out: Tensor
+    pre: Tensor
+    """The gate, where there is one, above the input projection."""
+    out: Tensor
 
     @classmethod
     def of(cls, block: Block, dtype: torch.dtype) -> LayerWeights:
         attn, mlp = block.attn, block.mlp
-        linears = (attn.w_q, attn.w_k, attn.w_v, attn.w_o, mlp.w_in, mlp.w_gate, mlp.w_out)
-        return cls(*(None if linear is None else linear.weight.to(dtype) for linear in linears))  # type: ignore[arg-type]
+        pre = (mlp.w_in,) if mlp.w_gate is None else (mlp.w_gate, mlp.w_in)
+        stacks = ((attn.w_q, attn.w_k, attn.w_v), (attn.w_o,), pre, (mlp.w_out,))
+        return cls(*(torch.cat([linear.weight.to(dtype) for linear in stack]) for stack in stacks))
 
 
 @dataclass(frozen=True)
@@ -94,22 +100,24 @@ class DeltaRun:
         prompts: AlignedPrompts,
         chunk: slice,
         sources: Sources,
+        backend: Backend = "torch",
     ) -> None:
         self.model, self.weights, self.chunk, self.sources = model, weights, chunk, sources
         self.config = model.config
         self.tokens = prompts.clean[chunk].to(model.device)
         self.n_prompts, self.n_pos = self.tokens.shape
-        self.product_dtype = weights[0].q.dtype
+        self.product_dtype, self.backend = weights[0].qkv.dtype, backend
+        self._rotation = None
         if self.config.positions == "rope":
             positions = torch.arange(self.n_pos, device=model.device)
-            self._rope = rope_tables(rope_frequencies(self.config), positions, model.dtype)
+            self._rotation = rope_tables(rope_frequencies(self.config), positions, model.dtype)
         self._run_clean()
         unembed = model.unembed_weight
         answer, wrong = (tokens[chunk].to(model.device) for tokens in (prompts.answer, prompts.wrong))
         self.direction = unembed[answer] - unembed[wrong]
         self._base: PatchSet = ()
         self._base_first = 0
-        self._base_deltas: list[Delta | None] = []
+        self._base_deltas: list[Split] = []
 
     def _run_clean(self) -> None:
         rotary = self.config.positions == "rope"
@@ -162,12 +170,12 @@ class DeltaRun:
         self._base, self._base_first = base, first
         del self._base_deltas[n_kept:]
 
-    def _base_delta(self, layer: int) -> Delta | None:
+    def _base_delta(self, layer: int) -> Split:
         """δ that the base set alone causes in the residual stream entering a layer."""
         if not self._base:
-            return None
+            return NOTHING
         if not self._base_deltas:
-            self._base_deltas.append(None)
+            self._base_deltas.append(NOTHING)
         if len(self._base_deltas) <= layer:
             from_layer = len(self._base_deltas) - 1
             patches = self._patches([self._base], self._base_first, from_layer)
@@ -182,11 +190,12 @@ class DeltaRun:
         delta = self._base_delta(start.layer)
         for layer in range(start.layer, self.config.n_layers):
             delta = self._block(layer, delta, patches, first)
-        if delta is None:
+        final = _joined((_last(delta[0]), _last(delta[1])))
+        if final is None:
             return self.final.new_zeros(len(patch_sets), self.n_prompts)
         norm = self.model.ln_final
         effects = readout(
-            self.final, self.final_normed, delta[:, :, -1], norm.weight, norm.bias, norm.eps, self.direction
+            self.final, self.final_normed, final, norm.weight, norm.bias, norm.eps, self.direction
         )
         return effects.expand(len(patch_sets), -1)
 
@@ -194,98 +203,130 @@ class DeltaRun:
         masks = compile_masks(patch_sets, self.config, self.n_pos, first, self.sources, from_layer)
         return hook_patches(masks, self.patched_clean, self.sources, self.chunk, first)
 
-    def _block(self, layer: int, delta: Delta | None, patches: Patches, first: int) -> Delta | None:
+    def _block(self, layer: int, delta: Split, patches: Patches, first: int) -> Split:
         """δ leaving a layer, from δ entering it."""
-        name = f"blocks.{layer}"
-        delta = patched(delta, patches.get(f"{name}.hook_resid_pre", ()))
+        at_resid = patches.get(f"blocks.{layer}.hook_resid_pre", ())
+        if at_resid:
+            delta = patched(_joined(delta), at_resid), None
         n_read = 1 if layer == self.config.n_layers - 1 else self.n_pos - first
-        delta_attn = self._attention(layer, delta, patches, first, n_read)
-        delta_mid = _add(None if delta is None else delta[:, :, -n_read:], delta_attn)
-        delta_mlp = self._mlp(layer, delta_mid, patches, n_read)
-        return _add(delta_mid, delta_mlp)
+        resid, delta_attn = self._attention(layer, delta, patches, first, n_read)
+        resid = None if resid is None else resid[:, :, -n_read:]
+        return self._mlp(layer, (resid, delta_attn), patches, n_read)
 
-    def _attention(self, layer: int, delta: Delta | None, patches: Patches, first: int, n_read: int) -> Delta | None:
-        clean, weights, name = self.clean[layer], self.weights[layer], f"blocks.{layer}.attn"
-        at_z = patches.get(f"{name}.hook_z", [])
-        complete = len(at_z) == 1 and at_z[0].complete
-        delta_z = None if complete else self._delta_z(layer, delta, patches, first, n_read)
+    def _attention(self, layer: int, delta: Split, patches: Patches, first: int, n_read: int) -> Split:
+        """δ entering a layer, and what the layer's heads add to it at the last `n_read` positions."""
+        weights, at_z = self.weights[layer], patches.get(f"blocks.{layer}.attn.hook_z", [])
+        if len(at_z) == 1 and at_z[0].complete:
+            resid, delta_z = _joined(delta), None
+        else:
+            resid, delta_z = self._delta_z(layer, delta, patches, first, n_read)
         if delta_z is None and len(at_z) == 1 and at_z[0].single_heads is not None:
-            return head_fanout(at_z[0].delta[:, -n_read:], at_z[0].single_heads, weights.o, clean.z.dtype)
+            w_o = cast(Block, self.model.blocks[layer]).attn.w_o.weight
+            return resid, head_fanout(at_z[0].delta[:, -n_read:], at_z[0].single_heads, w_o, w_o.dtype)
         delta_z = patched(None if delta_z is None else delta_z.flatten(3), at_z, n_read)
-        return None if delta_z is None else self._product(delta_z, weights.o)
+        return resid, None if delta_z is None else self._product(delta_z, weights.o)
 
-    def _delta_z(self, layer: int, delta: Delta | None, patches: Patches, first: int, n_read: int) -> Delta | None:
-        clean, weights, name = self.clean[layer], self.weights[layer], f"blocks.{layer}.attn"
-        delta_q = delta_k = delta_v = None
-        if delta is not None:
+    def _delta_z(
+        self, layer: int, delta: Split, patches: Patches, first: int, n_read: int
+    ) -> tuple[Delta | None, Delta | None]:
+        """δ entering a layer, in one piece, and δz."""
+        clean, weights, name = self.clean[layer], self.weights[layer].qkv, f"blocks.{layer}.attn"
+        n_q, n_kv = self.config.n_heads * self.config.d_head, self.config.kv_heads * self.config.d_head
+        resid = delta_q = delta_k = delta_v = None
+        if not _is_nothing(delta):
             norm = cast(Block, self.model.blocks[layer]).ln1
-            delta_normed = self._norm_delta(clean.resid_pre[:, first:], clean.normed1[:, first:], delta, norm)
-            delta_q = self._product(delta_normed[:, :, -n_read:], weights.q)
-            delta_k = self._product(delta_normed, weights.k)
-            delta_v = self._product(delta_normed, weights.v)
+            resid, normed = self._norm_delta(clean.resid_pre[:, first:], clean.normed1[:, first:], delta, norm)
+            if n_read == normed.shape[2]:
+                delta_q, delta_k, delta_v = self._product(normed, weights).split((n_q, n_kv, n_kv), dim=-1)
+            else:
+                delta_q = self._product(normed[:, :, -n_read:], weights[:n_q])
+                delta_k, delta_v = self._product(normed, weights[n_q:]).split((n_kv, n_kv), dim=-1)
         delta_q = self._heads(patched(delta_q, patches.get(f"{name}.hook_q", ()), n_read))
         delta_k = self._heads(patched(delta_k, patches.get(f"{name}.hook_k", ())))
         delta_v = self._heads(patched(delta_v, patches.get(f"{name}.hook_v", ())))
         if delta_q is None and delta_k is None and delta_v is None:
-            return None
-        return attention_delta(
+            return resid, None
+        return resid, attention_delta(
             clean.q[:, -n_read:],
             clean.k,
             clean.v,
             clean.z[:, -n_read:],
-            self._rotated(delta_q),
-            self._rotated(delta_k),
+            delta_q,
+            delta_k,
             delta_v,
             self.product_dtype,
+            rotation=self._rotation,
+            backend=self.backend,
         )
 
-    def _mlp(self, layer: int, delta_mid: Delta | None, patches: Patches, n_read: int) -> Delta | None:
+    def _mlp(self, layer: int, delta_mid: Split, patches: Patches, n_read: int) -> Split:
+        """δ leaving a layer, from δ between its halves: what it was, and what the MLP adds."""
         clean, weights, name = self.clean[layer], self.weights[layer], f"blocks.{layer}"
         at_out = patches.get(f"{name}.hook_mlp_out", [])
         if len(at_out) == 1 and at_out[0].complete:
-            return patched(None, at_out, n_read)
-        delta_post = None
-        if delta_mid is not None:
+            return _joined(delta_mid), patched(None, at_out, n_read)
+        resid = delta_post = None
+        if not _is_nothing(delta_mid):
             norm = cast(Block, self.model.blocks[layer]).ln2
-            delta_normed = self._norm_delta(clean.resid_mid[:, -n_read:], clean.normed2[:, -n_read:], delta_mid, norm)
-            pre_weight = weights.w_in if weights.w_gate is None else weights.w_gate
-            gated = weights.w_gate is not None
+            resid, normed = self._norm_delta(clean.resid_mid[:, -n_read:], clean.normed2[:, -n_read:], delta_mid, norm)
+            pre = self._product(normed, weights.pre)
+            delta_pre, delta_linear = pre.chunk(2, -1) if self.config.gated_mlp else (pre, None)
             delta_post = activation_delta(
                 clean.pre[:, -n_read:],
                 clean.post[:, -n_read:],
-                self._product(delta_normed, pre_weight),
+                delta_pre,
                 self.config.activation,
                 self.product_dtype,
                 clean.pre_linear[:, -n_read:] if clean.pre_linear is not None else None,
-                self._product(delta_normed, weights.w_in) if gated else None,
+                delta_linear,
+                backend=self.backend,
             )
         delta_post = patched(delta_post, patches.get(f"{name}.mlp.hook_post", ()), n_read)
-        delta_out = None if delta_post is None else self._product(delta_post, weights.w_out)
-        return patched(delta_out, at_out, n_read)
+        delta_out = None if delta_post is None else self._product(delta_post, weights.out)
+        return resid, patched(delta_out, at_out, n_read)
 
-    def _norm_delta(self, clean: Tensor, clean_normed: Tensor, delta: Tensor, norm: Norm) -> Delta:
-        return norm_delta(clean, clean_normed, delta, norm.weight, norm.bias, norm.eps, self.product_dtype)
+    def _norm_delta(self, clean: Tensor, clean_normed: Tensor, delta: Split, norm: Norm) -> tuple[Delta, Delta]:
+        """δ in one piece, and the norm's change under it, in the precision of the products."""
+        resid, product = delta
+        if resid is None:
+            resid, product = _joined(delta), None
+        assert resid is not None
+        return norm_delta(
+            clean,
+            clean_normed,
+            resid,
+            norm.weight,
+            norm.bias,
+            norm.eps,
+            self.product_dtype,
+            product=product,
+            backend=self.backend,
+        )
 
     def _product(self, delta: Tensor, weight: Tensor) -> Delta:
-        """δ times a linear weight in the product precision, back in the precision of the clean run."""
-        return F.linear(delta.to(weight.dtype), weight).to(self.final.dtype)
+        """δ times a linear weight, in the precision of the products."""
+        return F.linear(delta.to(weight.dtype), weight)
 
     def _heads(self, delta: Tensor | None) -> Float[Tensor, "#set prompt pos head d_head"] | None:
         return None if delta is None else delta.unflatten(-1, (-1, self.config.d_head))
 
-    def _rotated(self, delta: Tensor | None) -> Tensor | None:
-        """Rotary embedding of δq or δk, whose positions are the prompt's last ones."""
-        if delta is None or self.config.positions != "rope":
-            return delta
-        cos, sin = self._rope
-        return rotate(delta, cos[-delta.shape[2] :], sin[-delta.shape[2] :])
+
+def _is_nothing(delta: Split) -> bool:
+    return delta[0] is None and delta[1] is None
 
 
-def _add(a: Delta | None, b: Delta | None) -> Delta | None:
-    """Sum of two differences; b, which nobody else holds, may be overwritten."""
-    if a is None or b is None:
-        return b if a is None else a
-    return b.add_(a) if a.shape[0] <= b.shape[0] else a + b
+def _last(delta: Delta | None) -> Float[Tensor, "#set prompt d"] | None:
+    return None if delta is None else delta[:, :, -1]
+
+
+def _joined(delta: Split) -> Delta | None:
+    """A residual δ in one piece, in the precision of the clean run."""
+    resid, product = delta
+    if product is None:
+        return resid
+    if resid is None:
+        return product.to(torch.promote_types(product.dtype, torch.float32))
+    return resid + product
 
 
 def _first_difference(a: PatchSet, b: PatchSet, n_layers: int) -> int:

@@ -18,6 +18,7 @@ from subcircuit.engine.patching.plan import TOKENS_PER_CHUNK, Start, clean_bytes
 from subcircuit.engine.patching.reference import Progress, reference_effects
 from subcircuit.engine.patching.sites import Patch, PatchSet, Site, Source, as_patch_set
 from subcircuit.engine.patching.sources import AlignedPrompts, Sources
+from subcircuit.kernels.backend import Backend
 
 Executor = Literal["torch", "reference"]
 Precision = Literal["fp64", "fp32", "bf16"]
@@ -89,6 +90,7 @@ class DeltaSession:
         self._max_tokens = min(TOKENS_PER_CHUNK, row_tokens) if model.device.type == "cpu" else row_tokens
         self._first_different = _first_different_position(prompts)
         self._runs: dict[int, DeltaRun] = {}
+        self._backend: Backend = "native" if self.model.device.type == "cpu" else "torch"
 
     def prepare(self, patch_sets: Iterable[PatchSet]) -> None:
         """Say beforehand what later calls will patch, so that one clean run serves them all."""
@@ -134,7 +136,7 @@ class DeltaSession:
         if first not in self._runs or not self._runs[first].covers(names):
             self._runs.clear()  # what does not fit beside the others is made anew, what lacks a hook point too
             chunk = slice(first, min(first + self._chunk_size, self.n_prompts))
-            self._runs[first] = DeltaRun(self.model, self._weights, self.prompts, chunk, self._sources)
+            self._runs[first] = DeltaRun(self.model, self._weights, self.prompts, chunk, self._sources, self._backend)
         return self._runs[first]
 
     def _starts(self, sets: Sequence[PatchSet], base: PatchSet) -> list[Start]:

@@ -150,9 +150,9 @@ def test_positions_before_the_first_difference_are_not_computed(case, monkeypatc
     seen = []
     original = delta.norm_delta
 
-    def spy(clean, clean_normed, change, *rest):
+    def spy(clean, clean_normed, change, *rest, **options):
         seen.append(change.shape[2])
-        return original(clean, clean_normed, change, *rest)
+        return original(clean, clean_normed, change, *rest, **options)
 
     monkeypatch.setattr(delta, "norm_delta", spy)
     patch_effects(model, prompts, ["a0.h0"])

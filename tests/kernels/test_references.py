@@ -48,7 +48,7 @@ def test_norm_delta(draw, dtype, centred, shape):
         return x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * weight
 
     x, normed, d, w, b = working(dtype, clean, norm(clean), delta, weight, bias)
-    out = norm_delta(x, normed, d, w, b if centred else None, 1e-5, dtype)
+    _, out = norm_delta(x, normed, d, w, b if centred else None, 1e-5, dtype)
     close(out, norm(clean + delta) - norm(clean), dtype)
 
 
