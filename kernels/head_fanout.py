@@ -21,5 +21,5 @@ def head_fanout(
     """Residual change of every (set, prompt). `w_o` is the linear weight and gives the precision of the product."""
     n_prompts, n_pos, _, d_head = source_delta.shape
     chosen = source_delta.to(w_o.dtype).permute(2, 0, 1, 3)[heads].flatten(1, 2)
-    per_head = w_o.unflatten(1, (-1, d_head)).permute(1, 2, 0)[heads]
-    return torch.bmm(chosen, per_head).to(out_dtype).view(len(heads), n_prompts, n_pos, -1)
+    per_head = w_o.unflatten(1, (-1, d_head)).transpose(0, 1)[heads]
+    return torch.bmm(chosen, per_head.transpose(1, 2)).to(out_dtype).view(len(heads), n_prompts, n_pos, -1)

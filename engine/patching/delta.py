@@ -305,7 +305,8 @@ class DeltaRun:
 
     def _product(self, delta: Tensor, weight: Tensor) -> Delta:
         """δ times a linear weight, in the precision of the products."""
-        return F.linear(delta.to(weight.dtype), weight)
+        rows = delta.to(weight.dtype).reshape(-1, weight.shape[1])  # of a slice, F.linear would copy the weight instead
+        return F.linear(rows, weight).view(*delta.shape[:-1], -1)
 
     def _heads(self, delta: Tensor | None) -> Float[Tensor, "#set prompt pos head d_head"] | None:
         return None if delta is None else delta.unflatten(-1, (-1, self.config.d_head))

@@ -91,6 +91,8 @@ class DeltaSession:
         self._first_different = _first_different_position(prompts)
         self._runs: dict[int, DeltaRun] = {}
         self._backend: Backend = "native" if self.model.device.type == "cpu" else "torch"
+        if self.model.device.type == "cpu":
+            _keep_freed_memory()
 
     def prepare(self, patch_sets: Iterable[PatchSet]) -> None:
         """Say beforehand what later calls will patch, so that one clean run serves them all."""
@@ -191,6 +193,15 @@ def patch_effects(
     per_prompt = clean_bytes(model.config, prompts.clean.shape[1], 8)
     chunk = max(1, budget_bytes // 4 // per_prompt)
     return Effects(*reference_effects(model, prompts, sets, source, chunk, progress))
+
+
+def _keep_freed_memory() -> None:
+    """Let the C allocator keep what chunks free for the next chunk, instead of paging it in anew each time.
+
+    glibc raises the size below which it does so to the largest block it has seen freed, up to 32 MiB. Without this a
+    bfloat16 sweep of GPT-2 Small spent a seventh of its processor time on page faults.
+    """
+    torch.empty(31 * 2**20, dtype=torch.uint8)
 
 
 def _dtype(precision: str) -> torch.dtype:
