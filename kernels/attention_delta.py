@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from subcircuit.kernels import native
+from subcircuit.kernels import attention_delta_triton, native
 from subcircuit.kernels.backend import Backend
 from subcircuit.kernels.rotary import Rotation, rotate_last
 
@@ -48,6 +48,12 @@ def attention_delta(
     if backend == "native" and first is None and native.runs_on(clean_q, clean_k, product_dtype=out_dtype):
         clean, deltas = (clean_q, clean_k, clean_v, clean_z), (delta_q, delta_k, delta_v)
         return native.attention_delta(clean, deltas, out_dtype, rotation, patch)
+    if backend == "triton" and torch.float64 not in (clean_q.dtype, out_dtype):
+        n_sets = max(1 if x is None else x.shape[0] for x in (delta_q, delta_k, delta_v))
+        fused = None if patch is None or patch[0].shape[0] > n_sets else patch
+        inputs = clean_q, clean_k, clean_v, clean_z, delta_q, delta_k, delta_v
+        out = attention_delta_triton.launch(*inputs, out_dtype, rotation, fused, first)
+        return out if patch is None or fused is not None else replace_heads(out, patch)
     n_new = next((x.shape[2] for x in (delta_k, delta_v) if x is not None), clean_q.shape[1])
     if first is not None:
         delta_q, delta_k, delta_v = (

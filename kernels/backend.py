@@ -1,4 +1,4 @@
-"""Where a kernel runs: plain torch, C on a CPU, or Triton. The one place that knows whether Triton is there, and in which version.
+"""Where a kernel runs: plain torch, C on a CPU, or Triton. The one place that knows Triton and its version.
 
 Triton reads TRITON_INTERPRET when a kernel is defined, so it has to be set before this package is imported; the
 kernels then run, slowly, on the CPU.
@@ -9,6 +9,8 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import torch
+
+__all__ = ["TRITON_VERSION", "Backend", "float32_dot", "interpreted", "tl", "triton", "triton_runs_on"]
 
 Backend = Literal["torch", "native", "triton"]
 """Plain torch; the C kernels of `native` where they apply, else torch; Triton."""
@@ -42,3 +44,17 @@ def interpreted() -> bool:
 def triton_runs_on(device: torch.device | str) -> bool:
     """Whether Triton kernels can be launched on tensors of this device."""
     return TRITON_VERSION is not None and (torch.device(device).type == "cuda" or interpreted())
+
+
+def float32_dot() -> str:
+    """The `input_precision` with which `tl.dot` of float32 operands has float32's accuracy.
+
+    On AMD, and in the interpreter, float32 itself. NVIDIA's tensor cores have no float32, and without them a product
+    spills its registers: there each operand is split into three bfloat16 (24 bits of mantissa) and six products of
+    the parts are summed. Three products of two TF32 parts (`tf32x3`) lose two bits.
+    """
+    if interpreted() or torch.version.hip is not None:
+        return "ieee"
+    from triton.backends.nvidia.compiler import CUDAOptions
+
+    return "bf16x6" if "bf16x6" in CUDAOptions().allowed_dot_input_precisions else "ieee"

@@ -46,6 +46,8 @@ def file_accesses(source: str) -> Iterator[str]:
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Call):
             called = node.func
+            if ast.unparse(called) == "tl.load":  # Triton's, which reads a tensor
+                continue
             name = (
                 called.id if isinstance(called, ast.Name) else called.attr if isinstance(called, ast.Attribute) else ""
             )
