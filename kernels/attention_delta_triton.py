@@ -63,7 +63,8 @@ CONFIGS = [
 def fits(config: Any, rows: int, half: int, recent: bool) -> bool:
     """Whether a configuration's blocks stay in registers, by the compilers' count for sm_80, sm_90 and gfx942.
 
-    `recent` stands for sm_90 or gfx942, whose products of 64 rows leave more registers free.
+    `recent` stands for sm_90 or gfx942, whose products of 64 rows leave more registers free. A head whose width is no
+    power of two, or one of 128 without rotary embedding, may spill up to 16 bytes in float32.
     """
     wide, tall = half > RESIDENT, rows > 16
     match config.kwargs["BLOCK_N"], config.num_warps:
@@ -210,7 +211,7 @@ def attention_delta_kernel(
             clean_v, v_start, n * v_pos, delta_v, dv_start, n_in_new * dv_pos, None, None, n, key_there, key_differs,
             0, D_HEAD, BLOCK_H,
         )  # fmt: skip
-        # An fma and not a sum: the compiler would give a sum to the tensor cores' adder.
+        # An fma and not a sum or an accumulator of the product: those may be given to the tensor cores' adder.
         shrink = tl.broadcast_to(shrink[:, None], (BLOCK_M, BLOCK_H))
         z_low = tl.fma(z_low, shrink, tl.dot(weights, v_low, input_precision=PRECISION))
         z_high = tl.fma(z_high, shrink, tl.dot(weights, v_high, input_precision=PRECISION))
