@@ -180,5 +180,6 @@ def sweep(
         "task": task.name,
         "model": model.config.name,
         "n_prompts": len(task.clean),
+        "n_precise_rows": result.n_precise,
     }
     return Scores(sites, result.effects.cpu(), result.clean_metric.cpu(), model.config, settings)

@@ -18,7 +18,8 @@ stands for all of them until a patch tells them apart; None stands for no differ
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import copy
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -26,6 +27,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn import Linear
 
 from subcircuit.engine.blocks import Block, Norm
 from subcircuit.engine.model import HookedTransformer
@@ -45,8 +47,8 @@ Delta = Float[Tensor, "#set prompt pos d"]
 Patches = dict[str, list[HookPatch]]
 
 Split = tuple[Delta | None, Delta | None]
-"""A residual stream's δ as what it was before a product was added to it, and that product, still in the precision of the
-products: the next norm adds them while it reads them."""
+"""A residual stream's δ as what it was before a product was added to it, and that product, still in the precision of
+the products: the next norm adds them while it reads them."""
 
 NOTHING: Split = (None, None)
 
@@ -65,8 +67,14 @@ class LayerWeights:
     def of(cls, block: Block, dtype: torch.dtype) -> LayerWeights:
         attn, mlp = block.attn, block.mlp
         pre = (mlp.w_in,) if mlp.w_gate is None else (mlp.w_gate, mlp.w_in)
-        stacks = ((attn.w_q, attn.w_k, attn.w_v), (attn.w_o,), pre, (mlp.w_out,))
-        return cls(*(torch.cat([linear.weight.to(dtype) for linear in stack]) for stack in stacks))
+        qkv = (attn.w_q, attn.w_k, attn.w_v)
+        return cls(*(_stacked(linears, dtype) for linears in (qkv, (attn.w_o,), pre, (mlp.w_out,))))
+
+
+def _stacked(linears: Sequence[Linear], dtype: torch.dtype) -> Tensor:
+    """Weights one above the other; a single one is not copied."""
+    weights = [linear.weight.to(dtype) for linear in linears]
+    return torch.cat(weights) if len(weights) > 1 else weights[0]
 
 
 @dataclass(frozen=True)
@@ -96,7 +104,8 @@ class DeltaRun:
     def __init__(
         self,
         model: HookedTransformer,
-        weights: Sequence[LayerWeights],
+        weights: Callable[[int], LayerWeights],
+        product_dtype: torch.dtype,
         prompts: AlignedPrompts,
         chunk: slice,
         sources: Sources,
@@ -106,7 +115,7 @@ class DeltaRun:
         self.config = model.config
         self.tokens = prompts.clean[chunk].to(model.device)
         self.n_prompts, self.n_pos = self.tokens.shape
-        self.product_dtype, self.backend = weights[0].qkv.dtype, backend
+        self.product_dtype, self.backend = product_dtype, backend
         self._rotation = None
         if self.config.positions == "rope":
             positions = torch.arange(self.n_pos, device=model.device)
@@ -183,21 +192,42 @@ class DeltaRun:
                 self._base_deltas.append(self._block(below, self._base_deltas[below], patches, self._base_first))
         return self._base_deltas[layer]
 
-    def effects(self, patch_sets: Sequence[PatchSet], start: Start) -> Float[Tensor, "set prompt"]:
-        """Effects of patch sets (on top of the base) that all start at `start`."""
+    def effects(
+        self, patch_sets: Sequence[PatchSet], start: Start
+    ) -> tuple[Float[Tensor, "set prompt"], Float[Tensor, "set"]]:
+        """Effects of patch sets (on top of the base) that all start at `start`, and the size of the δ that leaves their
+        first layer, relative to the residual stream there (root mean square over prompts and positions)."""
         first = min(start.first, self._base_first) if self._base else start.first
         patches = self._patches([(*self._base, *patch_set) for patch_set in patch_sets], first, start.layer)
         delta = self._base_delta(start.layer)
+        size = self.final.new_zeros(len(patch_sets))
         for layer in range(start.layer, self.config.n_layers):
             delta = self._block(layer, delta, patches, first)
+            if layer == start.layer:
+                size = self._relative_size(delta, layer + 1).expand(len(patch_sets))
         final = _joined((_last(delta[0]), _last(delta[1])))
         if final is None:
-            return self.final.new_zeros(len(patch_sets), self.n_prompts)
+            return self.final.new_zeros(len(patch_sets), self.n_prompts), size
         norm = self.model.ln_final
-        effects = readout(
-            self.final, self.final_normed, final, norm.weight, norm.bias, norm.eps, self.direction
+        effects = readout(self.final, self.final_normed, final, norm.weight, norm.bias, norm.eps, self.direction)
+        return effects.expand(len(patch_sets), -1), size
+
+    def with_weights(self, weights: Callable[[int], LayerWeights], product_dtype: torch.dtype) -> DeltaRun:
+        """The same clean run with the products in another precision, and no base."""
+        other = copy.copy(self)
+        other.weights, other.product_dtype = weights, product_dtype
+        other._base, other._base_deltas = (), []
+        return other
+
+    def _relative_size(self, delta: Split, layer: int) -> Float[Tensor, "#set"]:
+        joined = _joined(delta)
+        if joined is None:
+            return self.final.new_zeros(1)
+        clean = (
+            self.clean[layer].resid_pre[:, -joined.shape[2] :] if layer < self.config.n_layers else self.final[:, None]
         )
-        return effects.expand(len(patch_sets), -1)
+        ratio: Tensor = torch.linalg.vector_norm(joined, dim=-1) / torch.linalg.vector_norm(clean, dim=-1)
+        return ratio.square().mean((1, 2)).sqrt()
 
     def _patches(self, patch_sets: Sequence[PatchSet], first: int, from_layer: int) -> Patches:
         masks = compile_masks(patch_sets, self.config, self.n_pos, first, self.sources, from_layer)
@@ -215,7 +245,7 @@ class DeltaRun:
 
     def _attention(self, layer: int, delta: Split, patches: Patches, first: int, n_read: int) -> Split:
         """δ entering a layer, and what the layer's heads add to it at the last `n_read` positions."""
-        weights, at_z = self.weights[layer], patches.get(f"blocks.{layer}.attn.hook_z", [])
+        weights, at_z = self.weights(layer), patches.get(f"blocks.{layer}.attn.hook_z", [])
         if len(at_z) == 1 and at_z[0].complete:
             resid, delta_z = _joined(delta), None
         else:
@@ -230,7 +260,7 @@ class DeltaRun:
         self, layer: int, delta: Split, patches: Patches, first: int, n_read: int
     ) -> tuple[Delta | None, Delta | None]:
         """δ entering a layer, in one piece, and δz."""
-        clean, weights, name = self.clean[layer], self.weights[layer].qkv, f"blocks.{layer}.attn"
+        clean, weights, name = self.clean[layer], self.weights(layer).qkv, f"blocks.{layer}.attn"
         n_q, n_kv = self.config.n_heads * self.config.d_head, self.config.kv_heads * self.config.d_head
         resid = delta_q = delta_k = delta_v = None
         if not _is_nothing(delta):
@@ -261,7 +291,7 @@ class DeltaRun:
 
     def _mlp(self, layer: int, delta_mid: Split, patches: Patches, n_read: int) -> Split:
         """δ leaving a layer, from δ between its halves: what it was, and what the MLP adds."""
-        clean, weights, name = self.clean[layer], self.weights[layer], f"blocks.{layer}"
+        clean, weights, name = self.clean[layer], self.weights(layer), f"blocks.{layer}"
         at_out = patches.get(f"{name}.hook_mlp_out", [])
         if len(at_out) == 1 and at_out[0].complete:
             return _joined(delta_mid), patched(None, at_out, n_read)

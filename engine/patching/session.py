@@ -5,12 +5,13 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from subcircuit.engine.blocks import Block
 from subcircuit.engine.errors import PatchError
 from subcircuit.engine.model import HookedTransformer
 from subcircuit.engine.patching.delta import DeltaRun, LayerWeights
@@ -27,6 +28,10 @@ EXECUTORS: tuple[Executor, ...] = ("torch", "reference")
 _DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}
 DEFAULT_BUDGET_BYTES = 2 * 2**30
 
+# In bfloat16 the error of an effect is relative to δ. Where δ is this large beside the residual stream it enters (root
+# mean square, on leaving the first patched layer), that is no longer small beside the effect.
+LARGE_DELTA = 0.2
+
 
 @dataclass(frozen=True)
 class Effects:
@@ -35,6 +40,8 @@ class Effects:
     effects: Float[Tensor, "set prompt"]
     """metric(patched row) − metric(clean run of that prompt): logit(answer) − logit(wrong) at the last position."""
     clean_metric: Float[Tensor, "prompt"]
+    n_precise: int = 0
+    """Rows whose δ was too large for products in bfloat16, and which were computed in float32 instead."""
 
 
 def in_dtype(model: HookedTransformer, dtype: torch.dtype) -> HookedTransformer:
@@ -80,7 +87,10 @@ class DeltaSession:
         compute_dtype = torch.float64 if product_dtype == torch.float64 else torch.float32
         self.model = in_dtype(model, compute_dtype)
         self.prompts = prompts
-        self._weights = [LayerWeights.of(block, product_dtype) for block in self.model.blocks]  # type: ignore[arg-type]
+        self._product_dtype, self._compute_dtype = product_dtype, compute_dtype
+        blocks = [cast(Block, block) for block in self.model.blocks]
+        self._weights = [LayerWeights.of(block, product_dtype) for block in blocks].__getitem__
+        self._precise_weights = lambda layer: LayerWeights.of(blocks[layer], compute_dtype)
         self.n_prompts, self.n_pos = prompts.clean.shape
         element_size = torch.finfo(compute_dtype).bits // 8
         per_prompt = clean_bytes(model.config, self.n_pos, element_size)
@@ -114,18 +124,33 @@ class DeltaSession:
         self._sources.add([*sets, base])
         effects = torch.zeros(len(sets), self.n_prompts, dtype=self.model.dtype, device=self.model.device)
         clean_metric = torch.empty(self.n_prompts, dtype=self.model.dtype, device=self.model.device)
-        n_done, n_rows = 0, len(sets) * self.n_prompts
+        n_done, n_precise, n_rows = 0, 0, len(sets) * self.n_prompts
+        starts = self._starts(sets, base)
         for first in range(0, self.n_prompts, self._chunk_size):
             run = self._run(first)
             clean_metric[run.chunk] = run.clean_metric
             run.set_base(base, self._first_position(base))
-            for chunk in plan_chunks(self._starts(sets, base), run.n_prompts, self.n_pos, self._max_tokens):
-                rows = run.effects([sets[i] for i in chunk.sets], chunk.start)
-                effects[list(chunk.sets), run.chunk] = rows
-                n_done += rows.numel()
+            sizes = torch.zeros(len(sets), dtype=self.model.dtype, device=self.model.device)
+            for chunk in plan_chunks(starts, run.n_prompts, self.n_pos, self._max_tokens):
+                chosen = list(chunk.sets)
+                effects[chosen, run.chunk], sizes[chosen] = run.effects([sets[i] for i in chosen], chunk.start)
+                n_done += len(chosen) * run.n_prompts
                 if progress is not None:
                     progress(n_done, n_rows)
-        return Effects(effects, clean_metric)
+            if not base and self._product_dtype != self._compute_dtype:
+                large = (sizes > LARGE_DELTA).nonzero()[:, 0].tolist()
+                self._repeat_precisely(run, sets, starts, large, effects)
+                n_precise += len(large) * run.n_prompts
+        return Effects(effects, clean_metric, n_precise)
+
+    def _repeat_precisely(
+        self, run: DeltaRun, sets: Sequence[PatchSet], starts: Sequence[Start], chosen: list[int], effects: Tensor
+    ) -> None:
+        """Compute the chosen sets once more, with products in the precision of the clean run."""
+        precise = run.with_weights(self._precise_weights, self._compute_dtype)
+        for chunk in plan_chunks([starts[i] for i in chosen], run.n_prompts, self.n_pos, self._max_tokens):
+            again = [chosen[i] for i in chunk.sets]
+            effects[again, run.chunk], _ = precise.effects([sets[i] for i in again], chunk.start)
 
     def _check(self, sets: Iterable[PatchSet], base: PatchSet) -> None:
         for patch_set in [*sets, base]:
@@ -138,17 +163,28 @@ class DeltaSession:
         if first not in self._runs or not self._runs[first].covers(names):
             self._runs.clear()  # what does not fit beside the others is made anew, what lacks a hook point too
             chunk = slice(first, min(first + self._chunk_size, self.n_prompts))
-            self._runs[first] = DeltaRun(self.model, self._weights, self.prompts, chunk, self._sources, self._backend)
+            self._runs[first] = DeltaRun(
+                self.model, self._weights, self._product_dtype, self.prompts, chunk, self._sources, self._backend
+            )
         return self._runs[first]
 
     def _starts(self, sets: Sequence[PatchSet], base: PatchSet) -> list[Start]:
-        """Where each set starts; a set without patches differs nowhere and starts above the last layer."""
+        """Where each set starts; one that differs nowhere starts above the last layer."""
         above = Start(self.model.config.n_layers, 0, self.n_pos - 1)
-        starts = [start_of(patch_set, self._first_position) if patch_set else above for patch_set in sets]
+        starts = [
+            start_of(patch_set, self._first_position) if any(map(self._differs, patch_set)) else above
+            for patch_set in sets
+        ]
         # A base's δ enters the layer from below: every row computes all of the layer then, from the base's own
         # position.
         first = self._first_position(base)
         return [Start(s.layer, 0, min(s.first, first)) for s in starts] if base else starts
+
+    def _differs(self, patch: Patch) -> bool:
+        """Whether a patch can change anything: before the first token that differs, corrupted values are clean ones."""
+        positions = patch.site.resolve(self.n_pos)
+        only_equal = positions is not None and positions[-1] < self._first_different
+        return not (only_equal and self._sources.key(patch.source) == "corrupted")
 
     def _first_position(self, patch_set: PatchSet) -> int:
         """First position at which a patch set can make a difference."""

@@ -207,3 +207,23 @@ def test_bad_options_and_unaligned_prompts_are_named(case):
         patch_effects(model, prompts, ["a0.h0"], source={})
     with pytest.raises(PatchError, match="longer than the model's context"):
         patch_effects(model, random_prompts(SEED, n_pos=40), ["a0.h0"])
+
+
+def test_corrupted_patches_before_the_first_difference_cost_nothing_and_change_nothing(case, monkeypatch):
+    from subcircuit.engine.patching.delta import DeltaRun
+
+    model, prompts = case
+    monkeypatch.setattr(DeltaRun, "_block", lambda *_: pytest.fail("a layer was computed"))
+    effects = patch_effects(model, prompts, [at("a0.h0", 0, 2)]).effects
+    assert torch.equal(effects, torch.zeros_like(effects))
+
+
+def test_rows_with_a_large_difference_are_computed_in_float32(case):
+    model, prompts = case
+    zeroed = patch_effects(model, prompts, ["m1"], source="zero", precision="bf16")
+    assert zeroed.n_precise == len(prompts.clean)
+    reference = patch_effects(model, prompts, ["m1"], source="zero", executor="reference", precision="fp64").effects
+    assert relative_error(zeroed.effects, reference) < TOLERANCE["fp32"]
+    near = {name: 0.999 * value for name, value in model.run_with_cache(prompts.clean)[1].items()}
+    assert patch_effects(model, prompts, ["m1"], source=near, precision="bf16").n_precise == 0
+    assert patch_effects(model, prompts, ["m1"], source="zero", precision="fp32").n_precise == 0
