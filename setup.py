@@ -29,6 +29,7 @@ setup(
     packages=list(FOLDERS),
     package_data={
         "subcircuit": ["py.typed"],
+        "subcircuit.kernels": ["native.c"],
         "subcircuit.weights": ["data/tiny-gpt2/*"],
         "subcircuit.analysis": ["templates/*"],
     },

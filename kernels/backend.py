@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import torch
 
-__all__ = ["TRITON_VERSION", "Backend", "float32_dot", "interpreted", "tl", "triton", "triton_runs_on"]
+__all__ = ["TRITON_VERSION", "Backend", "block_size", "float32_dot", "interpreted", "tl", "triton", "triton_runs_on"]
 
 Backend = Literal["torch", "native", "triton"]
 """Plain torch; the C kernels of `native` where they apply, else torch; Triton."""
@@ -44,6 +44,12 @@ def interpreted() -> bool:
 def triton_runs_on(device: torch.device | str) -> bool:
     """Whether Triton kernels can be launched on tensors of this device."""
     return TRITON_VERSION is not None and (torch.device(device).type == "cuda" or interpreted())
+
+
+def block_size(n: int) -> tuple[int, int]:
+    """Block and warps of a kernel that takes n columns at once: 8 columns per thread, 16 of the widest."""
+    block = max(32, 1 << (n - 1).bit_length())
+    return block, min(16, max(1, block // 256))
 
 
 def float32_dot() -> str:
