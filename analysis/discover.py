@@ -13,7 +13,7 @@ from subcircuit.engine.config import ModelConfig
 from subcircuit.engine.errors import PatchError
 from subcircuit.engine.model import HookedTransformer
 from subcircuit.engine.patching import Component, Source
-from subcircuit.engine.patching.session import DEFAULT_BUDGET_BYTES, Executor, Precision
+from subcircuit.engine.patching.session import Executor, Precision
 
 Direction = Literal["backward", "forward"]
 
@@ -33,7 +33,7 @@ def discover(
     executor: Executor = "torch",
     precision: Precision = "fp32",
     candidates_per_batch: int | None = None,
-    budget_bytes: int = DEFAULT_BUDGET_BYTES,
+    budget_bytes: int | None = None,
     ablation: Ablation | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Circuit:

@@ -11,7 +11,7 @@ from subcircuit.engine.config import ModelConfig
 from subcircuit.engine.errors import PatchError, TaskError
 from subcircuit.engine.model import HookedTransformer
 from subcircuit.engine.patching import Component, DeltaSession, Effects, Patch, PatchSet, Site, Source, patch_effects
-from subcircuit.engine.patching.session import DEFAULT_BUDGET_BYTES, Executor, Precision
+from subcircuit.engine.patching.session import Executor, Precision
 
 
 def all_nodes(config: ModelConfig) -> list[Component]:
@@ -42,7 +42,7 @@ class Ablation:
         source: Source = "mean",
         executor: Executor = "torch",
         precision: Precision = "fp32",
-        budget_bytes: int = DEFAULT_BUDGET_BYTES,
+        budget_bytes: int | None = None,
     ) -> None:
         self.model, self.task = model, task
         self.settings = {
@@ -52,8 +52,10 @@ class Ablation:
         }
         self._source, self._executor, self._precision = source, executor, precision
         self._session: DeltaSession | None = None
-        if executor == "torch":
-            self._session = DeltaSession(model, task, source=source, precision=precision, budget_bytes=budget_bytes)
+        if executor != "reference":
+            self._session = DeltaSession(
+                model, task, source=source, precision=precision, budget_bytes=budget_bytes, executor=executor
+            )
             self._session.prepare([_patches(all_nodes(model.config))])
         self.full = float(self._effects([()], ()).clean_metric.mean())
         if self.full <= 0:

@@ -15,7 +15,7 @@ from subcircuit.engine.config import ModelConfig
 from subcircuit.engine.errors import PatchError
 from subcircuit.engine.model import HookedTransformer
 from subcircuit.engine.patching import Component, Site, Source, patch_effects
-from subcircuit.engine.patching.session import DEFAULT_BUDGET_BYTES, Executor, Precision
+from subcircuit.engine.patching.session import Executor, Precision
 from subcircuit.engine.patching.sites import Kind
 
 FAMILIES: dict[str, Kind] = {
@@ -149,7 +149,7 @@ def sweep(
     positions: str | Iterable[int] | None = None,
     executor: Executor = "torch",
     precision: Precision = "fp32",
-    budget_bytes: int = DEFAULT_BUDGET_BYTES,
+    budget_bytes: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Scores:
     """Patch every component in turn, each on every prompt of the task, and measure what it changes.

@@ -16,6 +16,7 @@ class Precision(StrEnum):
 
 class Executor(StrEnum):
     torch = "torch"
+    triton = "triton"
     reference = "reference"
 
 
@@ -34,7 +35,9 @@ TemplateOption = Annotated[str, typer.Option(help="done, lost, born, bare, sever
 FilterOption = Annotated[bool, typer.Option("--filter", help="Only prompts that the model answers, as in the paper.")]
 SourceOption = Annotated[str, typer.Option(help="What a patch puts in place: corrupted, mean or zero.")]
 PrecisionOption = Annotated[Precision, typer.Option(help="Of the products of differences.")]
-ExecutorOption = Annotated[Executor, typer.Option(help="torch: differences only; reference: full forwards.")]
+ExecutorOption = Annotated[
+    Executor, typer.Option(help="torch, triton (on a GPU): differences only; reference: full forwards.")
+]
 DtypeOption = Annotated[str, typer.Option(help="Of the model's weights: float32, bfloat16, float16 or float64.")]
 DeviceOption = Annotated[str, typer.Option(help="Where the model runs: cpu, cuda, cuda:1, …")]
 JsonOption = Annotated[bool, typer.Option("--json", help="The result as JSON on standard output.")]

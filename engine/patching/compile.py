@@ -12,7 +12,7 @@ from torch import Tensor
 
 from subcircuit.engine.config import ModelConfig
 from subcircuit.engine.patching.sites import PatchSet
-from subcircuit.engine.patching.sources import SourceKey, Sources
+from subcircuit.engine.patching.sources import PromptChunk, SourceKey, Sources
 
 MaskArray = np.ndarray[tuple[int, ...], np.dtype[np.bool_]]
 
@@ -63,18 +63,20 @@ def compile_masks(
 
 
 def hook_patches(
-    masks: Masks, clean: Mapping[str, Tensor], sources: Sources, prompts: slice, first: int
+    masks: Masks, clean: Mapping[str, Tensor], sources: Sources, prompts: PromptChunk, first: int
 ) -> dict[str, list[HookPatch]]:
     """Give masks their values, source − clean, for a chunk of prompts."""
     compiled: dict[str, list[HookPatch]] = {}
     for name, by_source in masks.items():
         for key, array in by_source.items():
-            mask = torch.from_numpy(array).to(clean[name].device)
+            device = clean[name].device
             delta = (sources.value(key, name, prompts) - clean[name])[:, first:]
-            delta = delta.reshape(*delta.shape[:2], mask.shape[2], -1)
-            one_each = mask.shape[1] == 1 and bool((mask[:, 0].sum(1) == 1).all())
-            heads = mask[:, 0].int().argmax(1) if one_each else None
-            compiled.setdefault(name, []).append(HookPatch(mask, delta, heads, bool(mask.all())))
+            delta = delta.reshape(*delta.shape[:2], array.shape[2], -1)
+            # What the host decides by is read from the host's own copy: a GPU is not waited for.
+            one_each = array.shape[1] == 1 and bool((array[:, 0].sum(1) == 1).all())
+            heads = torch.from_numpy(array[:, 0].argmax(1)).to(device, non_blocking=True) if one_each else None
+            mask = torch.from_numpy(array).to(device, non_blocking=True)
+            compiled.setdefault(name, []).append(HookPatch(mask, delta, heads, bool(array.all())))
     return compiled
 
 

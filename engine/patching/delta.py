@@ -34,10 +34,10 @@ from subcircuit.engine.model import HookedTransformer
 from subcircuit.engine.patching.compile import HookPatch, compile_masks, hook_patches, patched
 from subcircuit.engine.patching.plan import Start
 from subcircuit.engine.patching.sites import PatchSet
-from subcircuit.engine.patching.sources import AlignedPrompts, Sources, activations
+from subcircuit.engine.patching.sources import AlignedPrompts, PromptChunk, Sources, activations
 from subcircuit.engine.rope import rope_frequencies, rope_tables
 from subcircuit.kernels.activation_delta import activation_delta
-from subcircuit.kernels.attention_delta import attention_delta
+from subcircuit.kernels.attention_delta import attention_delta, replace_heads
 from subcircuit.kernels.backend import Backend
 from subcircuit.kernels.head_fanout import head_fanout
 from subcircuit.kernels.norm_delta import norm_delta
@@ -107,7 +107,7 @@ class DeltaRun:
         weights: Callable[[int], LayerWeights],
         product_dtype: torch.dtype,
         prompts: AlignedPrompts,
-        chunk: slice,
+        chunk: PromptChunk,
         sources: Sources,
         backend: Backend = "torch",
     ) -> None:
@@ -209,7 +209,8 @@ class DeltaRun:
         if final is None:
             return self.final.new_zeros(len(patch_sets), self.n_prompts), size
         norm = self.model.ln_final
-        effects = readout(self.final, self.final_normed, final, norm.weight, norm.bias, norm.eps, self.direction)
+        inputs = self.final, self.final_normed, final, norm.weight, norm.bias, norm.eps, self.direction
+        effects = readout(*inputs, backend=self.backend)
         return effects.expand(len(patch_sets), -1), size
 
     def with_weights(self, weights: Callable[[int], LayerWeights], product_dtype: torch.dtype) -> DeltaRun:
@@ -249,17 +250,20 @@ class DeltaRun:
         if len(at_z) == 1 and at_z[0].complete:
             resid, delta_z = _joined(delta), None
         else:
-            resid, delta_z = self._delta_z(layer, delta, patches, first, n_read)
-        if delta_z is None and len(at_z) == 1 and at_z[0].single_heads is not None:
+            resid, delta_z = self._delta_z(layer, delta, patches, at_z, first, n_read)
+        if delta_z is not None:
+            return resid, self._product(delta_z.flatten(3), weights.o)
+        if len(at_z) == 1 and at_z[0].single_heads is not None:
             w_o = cast(Block, self.model.blocks[layer]).attn.w_o.weight
-            return resid, head_fanout(at_z[0].delta[:, -n_read:], at_z[0].single_heads, w_o, w_o.dtype)
-        delta_z = patched(None if delta_z is None else delta_z.flatten(3), at_z, n_read)
+            source = at_z[0].delta[:, -n_read:]
+            return resid, head_fanout(source, at_z[0].single_heads, w_o, w_o.dtype, backend=self.backend)
+        delta_z = patched(None, at_z, n_read)
         return resid, None if delta_z is None else self._product(delta_z, weights.o)
 
     def _delta_z(
-        self, layer: int, delta: Split, patches: Patches, first: int, n_read: int
-    ) -> tuple[Delta | None, Delta | None]:
-        """δ entering a layer, in one piece, and δz."""
+        self, layer: int, delta: Split, patches: Patches, at_z: Sequence[HookPatch], first: int, n_read: int
+    ) -> tuple[Delta | None, Float[Tensor, "set prompt pos head d_head"] | None]:
+        """δ entering a layer, in one piece, and δz with the patches there; None where only these make a difference."""
         clean, weights, name = self.clean[layer], self.weights(layer).qkv, f"blocks.{layer}.attn"
         n_q, n_kv = self.config.n_heads * self.config.d_head, self.config.kv_heads * self.config.d_head
         resid = delta_q = delta_k = delta_v = None
@@ -276,7 +280,8 @@ class DeltaRun:
         delta_v = self._heads(patched(delta_v, patches.get(f"{name}.hook_v", ())))
         if delta_q is None and delta_k is None and delta_v is None:
             return resid, None
-        return resid, attention_delta(
+        fused = [(at.mask[:, -n_read:], at.delta[:, -n_read:]) for at in at_z]
+        delta_z = attention_delta(
             clean.q[:, -n_read:],
             clean.k,
             clean.v,
@@ -286,8 +291,12 @@ class DeltaRun:
             delta_v,
             self.product_dtype,
             rotation=self._rotation,
+            patch=fused[0] if fused else None,
             backend=self.backend,
         )
+        for patch in fused[1:]:
+            delta_z = replace_heads(delta_z, patch)
+        return resid, delta_z
 
     def _mlp(self, layer: int, delta_mid: Split, patches: Patches, n_read: int) -> Split:
         """δ leaving a layer, from δ between its halves: what it was, and what the MLP adds."""

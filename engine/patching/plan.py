@@ -1,15 +1,23 @@
-"""Which rows are run together: patch sets that start at the same place, in chunks that fit a memory budget."""
+"""Which rows are run together: prompts that start to differ at the same position, and patch sets that start at the same
+place, in chunks that fit a memory budget."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+
+from jaxtyping import Int
+from torch import Tensor
 
 from subcircuit.engine.config import ModelConfig
 from subcircuit.engine.patching.sites import PatchSet
 
 # Rows enough for full-speed GEMMs, few enough for a core's cache to help the elementwise steps between them.
 TOKENS_PER_CHUNK = 4096
+
+# What a chunk of prompts more costs each patch set, in row tokens: launches, and products of fewer rows.
+TOKENS_OF_A_CHUNK = 4
 
 
 @dataclass(frozen=True)
@@ -34,6 +42,30 @@ def start_of(patch_set: PatchSet, first_position: Callable[[PatchSet], int]) -> 
     """The start of a non-empty patch set."""
     layer, stage = min((patch.site.component.layer, patch.site.component.stage) for patch in patch_set)
     return Start(layer, stage, first_position(patch_set))
+
+
+def prompt_chunks(firsts: Int[Tensor, "prompt"], n_pos: int, at_most: int) -> list[Int[Tensor, "chunk"]]:
+    """Prompts (by index) that are run together, given the position at which each starts to differ.
+
+    A prompt runs from the first position that differs in any prompt of its chunk; a chunk more costs as much as some
+    row tokens of every patch set. The cut of the sorted prompts that costs least in all, by dynamic programming over
+    the distinct positions; then none has more than `at_most` prompts.
+    """
+    order = firsts.argsort(stable=True)
+    values, counts = (part.tolist() for part in firsts[order].unique_consecutive(return_counts=True))
+    ends = [0, *itertools.accumulate(counts)]
+    best: list[tuple[int, list[int]]] = [(0, [])]
+    for end in range(1, len(ends)):
+        cuts = [
+            (best[i][0] + (ends[end] - ends[i]) * (n_pos - values[i]) + TOKENS_OF_A_CHUNK, [*best[i][1], ends[end]])
+            for i in range(end)
+        ]
+        best.append(min(cuts))
+    chunks: list[Tensor] = []
+    for start, end in itertools.pairwise([0, *best[-1][1]]):
+        n_chunks = -(-(end - start) // at_most)
+        chunks += order[start:end].tensor_split(n_chunks)
+    return chunks
 
 
 def plan_chunks(starts: Sequence[Start], n_prompts: int, n_pos: int, max_tokens: int) -> list[Chunk]:

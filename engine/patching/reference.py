@@ -10,7 +10,7 @@ from torch import Tensor
 
 from subcircuit.engine.model import HookedTransformer
 from subcircuit.engine.patching.sites import Patch, PatchSet, Source
-from subcircuit.engine.patching.sources import AlignedPrompts, Sources
+from subcircuit.engine.patching.sources import AlignedPrompts, PromptChunk, Sources
 
 Progress = Callable[[int, int], None]
 """Called with (rows done, rows in all)."""
@@ -30,8 +30,8 @@ def reference_effects(
     sources = Sources(model, prompts, patch_sets, source, prompts_per_chunk)
     patched = torch.empty(len(patch_sets), n_prompts, dtype=model.dtype, device=model.device)
     clean = torch.empty(n_prompts, dtype=model.dtype, device=model.device)
-    for first in range(0, n_prompts, prompts_per_chunk):
-        chunk = slice(first, min(first + prompts_per_chunk, n_prompts))
+    n_done = 0
+    for chunk in torch.arange(n_prompts).split(prompts_per_chunk):
         clean[chunk] = _logit_difference(model(prompts.clean[chunk]), prompts, chunk)
         for i, patch_set in enumerate(patch_sets):
             hooks = [
@@ -39,19 +39,21 @@ def reference_effects(
             ]
             logits = model.run_with_hooks(prompts.clean[chunk], hooks)
             patched[i, chunk] = _logit_difference(logits, prompts, chunk)
+            n_done += len(chunk)
             if progress is not None:
-                progress(len(patch_sets) * first + (i + 1) * (chunk.stop - first), len(patch_sets) * n_prompts)
+                progress(n_done, len(patch_sets) * n_prompts)
+        sources.forget()
     return patched - clean, clean
 
 
-def _logit_difference(logits: Tensor, prompts: AlignedPrompts, chunk: slice) -> Float[Tensor, "prompt"]:
+def _logit_difference(logits: Tensor, prompts: AlignedPrompts, chunk: PromptChunk) -> Float[Tensor, "prompt"]:
     last = logits[:, -1]
     answer, wrong = (tokens[chunk, None].to(last.device) for tokens in (prompts.answer, prompts.wrong))
     return (last.gather(1, answer) - last.gather(1, wrong))[:, 0]
 
 
 def _replace(
-    model: HookedTransformer, patch: Patch, sources: Sources, chunk: slice, n_pos: int
+    model: HookedTransformer, patch: Patch, sources: Sources, chunk: PromptChunk, n_pos: int
 ) -> Callable[[Tensor, str], Tensor]:
     component = patch.site.component
     positions = patch.site.resolve(n_pos)

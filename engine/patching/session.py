@@ -5,28 +5,37 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import Literal, cast, get_args
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from subcircuit.engine.blocks import Block
 from subcircuit.engine.errors import PatchError
 from subcircuit.engine.model import HookedTransformer
 from subcircuit.engine.patching.delta import DeltaRun, LayerWeights
-from subcircuit.engine.patching.plan import TOKENS_PER_CHUNK, Start, clean_bytes, plan_chunks, row_bytes, start_of
+from subcircuit.engine.patching.plan import (
+    TOKENS_PER_CHUNK,
+    Start,
+    clean_bytes,
+    plan_chunks,
+    prompt_chunks,
+    row_bytes,
+    start_of,
+)
 from subcircuit.engine.patching.reference import Progress, reference_effects
 from subcircuit.engine.patching.sites import Patch, PatchSet, Site, Source, as_patch_set
-from subcircuit.engine.patching.sources import AlignedPrompts, Sources
-from subcircuit.kernels.backend import Backend
+from subcircuit.engine.patching.sources import AlignedPrompts, PromptChunk, Sources
+from subcircuit.kernels.backend import Backend, triton_runs_on
 
-Executor = Literal["torch", "reference"]
+DeltaExecutor = Literal["torch", "triton"]
+Executor = Literal["torch", "triton", "reference"]
 Precision = Literal["fp64", "fp32", "bf16"]
 
-EXECUTORS: tuple[Executor, ...] = ("torch", "reference")
+EXECUTORS: tuple[Executor, ...] = ("torch", "triton", "reference")
 _DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}
-DEFAULT_BUDGET_BYTES = 2 * 2**30
+CPU_BUDGET_BYTES = 2 * 2**30
 
 # In bfloat16 the error of an effect is relative to δ. Where δ is this large beside the residual stream it enters (root
 # mean square, on leaving the first patched layer), that is no longer small beside the effect.
@@ -42,6 +51,11 @@ class Effects:
     clean_metric: Float[Tensor, "prompt"]
     n_precise: int = 0
     """Rows whose δ was too large for products in bfloat16, and which were computed in float32 instead."""
+
+
+def default_budget(device: torch.device) -> int:
+    """Bytes that a session may take beside the weights: 2 GiB on a CPU, four fifths of what is free on a GPU."""
+    return int(0.8 * torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else CPU_BUDGET_BYTES
 
 
 def in_dtype(model: HookedTransformer, dtype: torch.dtype) -> HookedTransformer:
@@ -69,8 +83,11 @@ class DeltaSession:
     """Delta-form patching of one data set: the clean run is made once and serves every call of `effects`.
 
     `precision` is that of the δ products: `fp32`, `bf16` (everything else stays float32), or `fp64` (all of it). Clean
-    activations are kept for as many prompts as half of `budget_bytes` holds; with more prompts than that, each call
-    runs the clean prompts anew, chunk by chunk.
+    activations are kept for as many prompts as half of `budget_bytes` holds (`default_budget` if None); with more
+    prompts than that, each call runs the clean prompts anew, chunk by chunk. Prompts that start to differ from their
+    corrupted twins at different positions are run apart where that saves more than it costs.
+
+    Raises PatchError for prompts that are not aligned, and for an executor that cannot run where the model is.
     """
 
     def __init__(
@@ -80,9 +97,15 @@ class DeltaSession:
         *,
         source: Source = "corrupted",
         precision: Precision = "fp32",
-        budget_bytes: int = DEFAULT_BUDGET_BYTES,
+        budget_bytes: int | None = None,
+        executor: DeltaExecutor = "torch",
     ) -> None:
         check_prompts(model, prompts)
+        if executor == "triton" and not triton_runs_on(model.device):
+            raise PatchError(
+                f"executor 'triton' needs Triton and a GPU, and the model is on {model.device}; executor 'torch' runs "
+                "everywhere (TRITON_INTERPRET=1 in the environment runs Triton's kernels on a CPU, slowly)"
+            )
         product_dtype = _dtype(precision)
         compute_dtype = torch.float64 if product_dtype == torch.float64 else torch.float32
         self.model = in_dtype(model, compute_dtype)
@@ -92,16 +115,20 @@ class DeltaSession:
         self._weights = [LayerWeights.of(block, product_dtype) for block in blocks].__getitem__
         self._precise_weights = lambda layer: LayerWeights.of(blocks[layer], compute_dtype)
         self.n_prompts, self.n_pos = prompts.clean.shape
+        on_cpu = self.model.device.type == "cpu"
+        budget = default_budget(self.model.device) if budget_bytes is None else budget_bytes
         element_size = torch.finfo(compute_dtype).bits // 8
-        per_prompt = clean_bytes(model.config, self.n_pos, element_size)
-        self._chunk_size = max(1, min(self.n_prompts, budget_bytes // 2 // per_prompt))
-        self._sources = Sources(self.model, prompts, [], source, self._chunk_size)
-        row_tokens = budget_bytes // 4 // (row_bytes(model.config, self.n_pos, element_size) // self.n_pos)
-        self._max_tokens = min(TOKENS_PER_CHUNK, row_tokens) if model.device.type == "cpu" else row_tokens
-        self._first_different = _first_different_position(prompts)
+        self._prompts_kept = max(1, budget // 2 // clean_bytes(model.config, self.n_pos, element_size))
+        self._sources = Sources(self.model, prompts, [], source, min(self._prompts_kept, self.n_prompts))
+        row_tokens = budget // 4 // (row_bytes(model.config, self.n_pos, element_size) // self.n_pos)
+        self._max_tokens = max(1, min(TOKENS_PER_CHUNK, row_tokens) if on_cpu else row_tokens)
+        self._firsts = _first_differences(prompts)
+        starts_differ = source == "corrupted"  # other sources change every position of every prompt
+        firsts = self._firsts if starts_differ else torch.zeros_like(self._firsts)
+        self._chunks = prompt_chunks(firsts, self.n_pos, self._prompts_kept)
         self._runs: dict[int, DeltaRun] = {}
-        self._backend: Backend = "native" if self.model.device.type == "cpu" else "torch"
-        if self.model.device.type == "cpu":
+        self._backend: Backend = "triton" if executor == "triton" else "native" if on_cpu else "torch"
+        if on_cpu:
             _keep_freed_memory()
 
     def prepare(self, patch_sets: Iterable[PatchSet]) -> None:
@@ -125,16 +152,17 @@ class DeltaSession:
         effects = torch.zeros(len(sets), self.n_prompts, dtype=self.model.dtype, device=self.model.device)
         clean_metric = torch.empty(self.n_prompts, dtype=self.model.dtype, device=self.model.device)
         n_done, n_precise, n_rows = 0, 0, len(sets) * self.n_prompts
-        starts = self._starts(sets, base)
-        for first in range(0, self.n_prompts, self._chunk_size):
-            run = self._run(first)
-            clean_metric[run.chunk] = run.clean_metric
-            run.set_base(base, self._first_position(base))
+        for prompts in self._chunks:
+            run, first_different = self._run(prompts), int(self._firsts[prompts].min())
+            clean_metric[prompts] = run.clean_metric
+            run.set_base(base, self._first_position(base, first_different))
+            starts = self._starts(sets, base, first_different)
             sizes = torch.zeros(len(sets), dtype=self.model.dtype, device=self.model.device)
             for chunk in plan_chunks(starts, run.n_prompts, self.n_pos, self._max_tokens):
-                chosen = list(chunk.sets)
-                effects[chosen, run.chunk], sizes[chosen] = run.effects([sets[i] for i in chosen], chunk.start)
-                n_done += len(chosen) * run.n_prompts
+                chosen = torch.tensor(chunk.sets)
+                rows, sizes[chosen] = run.effects([sets[i] for i in chunk.sets], chunk.start)
+                effects[chosen[:, None], prompts] = rows
+                n_done += rows.numel()
                 if progress is not None:
                     progress(n_done, n_rows)
             if not base and self._product_dtype != self._compute_dtype:
@@ -150,7 +178,8 @@ class DeltaSession:
         precise = run.with_weights(self._precise_weights, self._compute_dtype)
         for chunk in plan_chunks([starts[i] for i in chosen], run.n_prompts, self.n_pos, self._max_tokens):
             again = [chosen[i] for i in chunk.sets]
-            effects[again, run.chunk], _ = precise.effects([sets[i] for i in again], chunk.start)
+            rows, _ = precise.effects([sets[i] for i in again], chunk.start)
+            effects[torch.tensor(again)[:, None], run.chunk] = rows
 
     def _check(self, sets: Iterable[PatchSet], base: PatchSet) -> None:
         for patch_set in [*sets, base]:
@@ -158,42 +187,51 @@ class DeltaSession:
                 patch.site.component.check(self.model.config)
                 patch.site.resolve(self.n_pos)
 
-    def _run(self, first: int) -> DeltaRun:
+    def _run(self, prompts: PromptChunk) -> DeltaRun:
         names = sorted({name for names in self._sources.names.values() for name in names})
-        if first not in self._runs or not self._runs[first].covers(names):
-            self._runs.clear()  # what does not fit beside the others is made anew, what lacks a hook point too
-            chunk = slice(first, min(first + self._chunk_size, self.n_prompts))
-            self._runs[first] = DeltaRun(
-                self.model, self._weights, self._product_dtype, self.prompts, chunk, self._sources, self._backend
+        run = self._runs.get(id(prompts))
+        if run is None or not run.covers(names):
+            kept = sum(other.n_prompts for other in self._runs.values())
+            if run is not None or kept + len(prompts) > self._prompts_kept:
+                self._runs.clear()  # what does not fit beside the others is made anew, what lacks a hook point too
+                self._sources.forget()
+            run = self._runs[id(prompts)] = DeltaRun(
+                self.model, self._weights, self._product_dtype, self.prompts, prompts, self._sources, self._backend
             )
-        return self._runs[first]
+        return run
 
-    def _starts(self, sets: Sequence[PatchSet], base: PatchSet) -> list[Start]:
+    def _starts(self, sets: Sequence[PatchSet], base: PatchSet, first_different: int) -> list[Start]:
         """Where each set starts; one that differs nowhere starts above the last layer."""
+
+        def first_position(patch_set: PatchSet) -> int:
+            return self._first_position(patch_set, first_different)
+
         above = Start(self.model.config.n_layers, 0, self.n_pos - 1)
         starts = [
-            start_of(patch_set, self._first_position) if any(map(self._differs, patch_set)) else above
+            start_of(patch_set, first_position)
+            if any(self._differs(patch, first_different) for patch in patch_set)
+            else above
             for patch_set in sets
         ]
         # A base's δ enters the layer from below: every row computes all of the layer then, from the base's own
         # position.
-        first = self._first_position(base)
+        first = first_position(base)
         return [Start(s.layer, 0, min(s.first, first)) for s in starts] if base else starts
 
-    def _differs(self, patch: Patch) -> bool:
+    def _differs(self, patch: Patch, first_different: int) -> bool:
         """Whether a patch can change anything: before the first token that differs, corrupted values are clean ones."""
         positions = patch.site.resolve(self.n_pos)
-        only_equal = positions is not None and positions[-1] < self._first_different
+        only_equal = positions is not None and positions[-1] < first_different
         return not (only_equal and self._sources.key(patch.source) == "corrupted")
 
-    def _first_position(self, patch_set: PatchSet) -> int:
+    def _first_position(self, patch_set: PatchSet, first_different: int) -> int:
         """First position at which a patch set can make a difference."""
         firsts = [self.n_pos - 1]
         for patch in patch_set:
             positions = patch.site.resolve(self.n_pos)
             first = 0 if positions is None else positions[0]
             corrupted = self._sources.key(patch.source) == "corrupted"
-            firsts.append(max(first, self._first_different) if corrupted else first)
+            firsts.append(max(first, first_different) if corrupted else first)
         return min(firsts)
 
 
@@ -205,18 +243,25 @@ def patch_effects(
     source: Source = "corrupted",
     executor: Executor = "torch",
     precision: Precision = "fp32",
-    budget_bytes: int = DEFAULT_BUDGET_BYTES,
+    budget_bytes: int | None = None,
     progress: Progress | None = None,
 ) -> Effects:
     """Effects of patch sets on every prompt: `[set, prompt]`, metric(patched row) − metric(clean run).
 
     Executors: `reference` runs one full forward with hooks per patch set in the given precision; `torch` propagates δ
-    only.
+    only, `triton` the same with fused kernels on a GPU. `budget_bytes` is what they may take beside the weights.
 
     Raises PatchError for a component, position, source, executor or precision that does not exist.
     """
-    if executor == "torch":
-        session = DeltaSession(model, prompts, source=source, precision=precision, budget_bytes=budget_bytes)
+    if executor in get_args(DeltaExecutor):
+        session = DeltaSession(
+            model,
+            prompts,
+            source=source,
+            precision=precision,
+            budget_bytes=budget_bytes,
+            executor=cast(DeltaExecutor, executor),
+        )
         return session.effects(patch_sets, progress=progress)
     if executor != "reference":
         raise PatchError(f"executor {executor!r} is not known; expected one of {', '.join(EXECUTORS)}")
@@ -226,8 +271,8 @@ def patch_effects(
         for patch in patch_set:
             patch.site.component.check(model.config)
     model = in_dtype(model, _dtype(precision))
-    per_prompt = clean_bytes(model.config, prompts.clean.shape[1], 8)
-    chunk = max(1, budget_bytes // 4 // per_prompt)
+    budget = default_budget(model.device) if budget_bytes is None else budget_bytes
+    chunk = max(1, budget // 4 // clean_bytes(model.config, prompts.clean.shape[1], 8))
     return Effects(*reference_effects(model, prompts, sets, source, chunk, progress))
 
 
@@ -246,9 +291,10 @@ def _dtype(precision: str) -> torch.dtype:
     return _DTYPES[precision]
 
 
-def _first_different_position(prompts: AlignedPrompts) -> int:
-    """First position at which any prompt differs from its corrupted twin; the last one where none does."""
+def _first_differences(prompts: AlignedPrompts) -> Int[Tensor, "prompt"]:
+    """First position at which each prompt differs from its corrupted twin; the last one where none does."""
     if prompts.corrupted is None:
-        return 0
-    different = (prompts.clean != prompts.corrupted.to(prompts.clean.device)).any(0).nonzero()
-    return int(different[0]) if len(different) else prompts.clean.shape[1] - 1
+        return torch.zeros(len(prompts.clean), dtype=torch.int64)
+    different = prompts.clean.cpu() != prompts.corrupted.cpu()
+    different[:, -1] = True
+    return different.int().argmax(1)

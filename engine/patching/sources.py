@@ -30,6 +30,9 @@ class AlignedPrompts(Protocol):
     def wrong(self) -> Int[Tensor, "prompt"]: ...
 
 
+PromptChunk = Int[Tensor, "chunk"]
+"""Prompts of the data set by index."""
+
 SourceKey = str | int
 """A source by name, or a mapping by identity (mappings of tensors do not hash)."""
 
@@ -56,7 +59,7 @@ class Sources:
         self._prompts_per_chunk = prompts_per_chunk
         self._mappings: dict[SourceKey, Mapping[str, Tensor]] = {}
         self._means: dict[str, Tensor] = {}
-        self._chunk: tuple[slice, Mapping[str, Tensor]] | None = None
+        self._corrupted: dict[int, tuple[PromptChunk, Mapping[str, Tensor]]] = {}
         self.names: dict[SourceKey, list[str]] = {}
         self.add(patch_sets)
 
@@ -98,24 +101,30 @@ class Sources:
                 totals[name] = totals.get(name, torch.zeros((), dtype=value.dtype)) + value.sum(0, keepdim=True)
         self._means |= {name: total / len(tokens) for name, total in totals.items()}
 
-    def value(self, key: SourceKey, hook_name: str, prompts: slice) -> Float[Tensor, "#prompt pos ..."]:
+    def value(self, key: SourceKey, hook_name: str, prompts: PromptChunk) -> Float[Tensor, "#prompt pos ..."]:
         """A source's value at a hook point for a chunk of prompts; the prompt axis is 1 where all prompts share it."""
         if key == "mean":
             return self._means[hook_name]
         if key == "zero":
             return torch.zeros(1, 1, *self._tail_shape(hook_name), dtype=self._model.dtype, device=self._model.device)
         if key == "corrupted":
-            return self._corrupted(prompts)[hook_name]
+            return self._corrupted_values(prompts)[hook_name]
         return self._mapped(self._mappings[key], hook_name, prompts)
 
-    def _corrupted(self, prompts: slice) -> Mapping[str, Tensor]:
-        names = self.names["corrupted"]
-        if self._chunk is None or self._chunk[0] != prompts or not set(names) <= set(self._chunk[1]):
-            assert self._prompts.corrupted is not None
-            self._chunk = prompts, activations(self._model, self._prompts.corrupted[prompts], names)
-        return self._chunk[1]
+    def forget(self) -> None:
+        """Drop the corrupted prompts' values, which are otherwise kept for every chunk that was asked for."""
+        self._corrupted.clear()
 
-    def _mapped(self, mapping: Mapping[str, Tensor], hook_name: str, prompts: slice) -> Tensor:
+    def _corrupted_values(self, prompts: PromptChunk) -> Mapping[str, Tensor]:
+        names = self.names["corrupted"]
+        _, values = self._corrupted.get(id(prompts), (prompts, {}))
+        if not set(names) <= set(values):
+            assert self._prompts.corrupted is not None
+            values = activations(self._model, self._prompts.corrupted[prompts], names)
+            self._corrupted[id(prompts)] = prompts, values
+        return values
+
+    def _mapped(self, mapping: Mapping[str, Tensor], hook_name: str, prompts: PromptChunk) -> Tensor:
         if hook_name not in mapping:
             raise PatchError(f"source has no value for {hook_name!r}; it holds {len(mapping)} other hook points")
         value = mapping[hook_name].to(dtype=self._model.dtype, device=self._model.device)
