@@ -11,6 +11,7 @@ FOLDERS = {
     "subcircuit.kernels": "kernels",
     "subcircuit.weights": "weights",
     "subcircuit.analysis": "analysis",
+    "subcircuit.analysis.tasks": "analysis/tasks",
     "subcircuit.commands": "api/commands",
 }
 

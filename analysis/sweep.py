@@ -181,5 +181,6 @@ def sweep(
         "model": model.config.name,
         "n_prompts": len(task.clean),
         "n_precise_rows": result.n_precise,
+        "n_full_rows": result.n_full,
     }
     return Scores(sites, result.effects.cpu(), result.clean_metric.cpu(), model.config, settings)

@@ -21,7 +21,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -92,6 +92,15 @@ class CleanLayer:
     pre: Float[Tensor, "prompt pos d_mlp"]
     pre_linear: Float[Tensor, "prompt pos d_mlp"] | None
     post: Float[Tensor, "prompt pos d_mlp"]
+
+
+class Departure(NamedTuple):
+    """How much each set changes the residual stream that enters (if patched) or leaves the first layer it touches."""
+
+    size: Float[Tensor, "set"]
+    """|δ| / |x|, root mean square over prompts and positions."""
+    shrinkage: Float[Tensor, "set"]
+    """|x| / |x + δ|, the largest over prompts and positions."""
 
 
 class DeltaRun:
@@ -192,26 +201,25 @@ class DeltaRun:
                 self._base_deltas.append(self._block(below, self._base_deltas[below], patches, self._base_first))
         return self._base_deltas[layer]
 
-    def effects(
-        self, patch_sets: Sequence[PatchSet], start: Start
-    ) -> tuple[Float[Tensor, "set prompt"], Float[Tensor, "set"]]:
-        """Effects of patch sets (on top of the base) that all start at `start`, and the size of the δ that leaves their
-        first layer, relative to the residual stream there (root mean square over prompts and positions)."""
+    def effects(self, patch_sets: Sequence[PatchSet], start: Start) -> tuple[Float[Tensor, "set prompt"], Departure]:
+        """Effects of patch sets (on top of the base) that all start at `start`, and what departs in their first layer."""
         first = min(start.first, self._base_first) if self._base else start.first
         patches = self._patches([(*self._base, *patch_set) for patch_set in patch_sets], first, start.layer)
         delta = self._base_delta(start.layer)
-        size = self.final.new_zeros(len(patch_sets))
+        entering = self._patched_resid(start.layer, delta, patches)
+        departure = self._departure(entering, start.layer, len(patch_sets))
         for layer in range(start.layer, self.config.n_layers):
             delta = self._block(layer, delta, patches, first)
             if layer == start.layer:
-                size = self._relative_size(delta, layer + 1).expand(len(patch_sets))
+                after = self._departure(delta, layer + 1, len(patch_sets))
+                departure = Departure(*map(torch.maximum, departure, after))
         final = _joined((_last(delta[0]), _last(delta[1])))
         if final is None:
-            return self.final.new_zeros(len(patch_sets), self.n_prompts), size
+            return self.final.new_zeros(len(patch_sets), self.n_prompts), departure
         norm = self.model.ln_final
         inputs = self.final, self.final_normed, final, norm.weight, norm.bias, norm.eps, self.direction
         effects = readout(*inputs, backend=self.backend)
-        return effects.expand(len(patch_sets), -1), size
+        return effects.expand(len(patch_sets), -1), departure
 
     def with_weights(self, weights: Callable[[int], LayerWeights], product_dtype: torch.dtype) -> DeltaRun:
         """The same clean run with the products in another precision, and no base."""
@@ -220,15 +228,15 @@ class DeltaRun:
         other._base, other._base_deltas = (), []
         return other
 
-    def _relative_size(self, delta: Split, layer: int) -> Float[Tensor, "#set"]:
+    def _departure(self, delta: Split, layer: int, n_sets: int) -> Departure:
         joined = _joined(delta)
         if joined is None:
-            return self.final.new_zeros(1)
-        clean = (
-            self.clean[layer].resid_pre[:, -joined.shape[2] :] if layer < self.config.n_layers else self.final[:, None]
-        )
-        ratio: Tensor = torch.linalg.vector_norm(joined, dim=-1) / torch.linalg.vector_norm(clean, dim=-1)
-        return ratio.square().mean((1, 2)).sqrt()
+            return Departure(*self.final.new_zeros(2, n_sets))
+        clean = self.clean[layer].resid_pre if layer < self.config.n_layers else self.final[:, None]
+        clean = clean[:, -joined.shape[2] :]
+        before, moved, after = (torch.linalg.vector_norm(x, dim=-1) for x in (clean, joined, clean + joined))
+        size, shrinkage = (moved / before).square().mean((1, 2)).sqrt(), (before / after).amax((1, 2))
+        return Departure(size.expand(n_sets), shrinkage.expand(n_sets))
 
     def _patches(self, patch_sets: Sequence[PatchSet], first: int, from_layer: int) -> Patches:
         masks = compile_masks(patch_sets, self.config, self.n_pos, first, self.sources, from_layer)
@@ -236,13 +244,15 @@ class DeltaRun:
 
     def _block(self, layer: int, delta: Split, patches: Patches, first: int) -> Split:
         """δ leaving a layer, from δ entering it."""
-        at_resid = patches.get(f"blocks.{layer}.hook_resid_pre", ())
-        if at_resid:
-            delta = patched(_joined(delta), at_resid), None
+        delta = self._patched_resid(layer, delta, patches)
         n_read = 1 if layer == self.config.n_layers - 1 else self.n_pos - first
         resid, delta_attn = self._attention(layer, delta, patches, first, n_read)
         resid = None if resid is None else resid[:, :, -n_read:]
         return self._mlp(layer, (resid, delta_attn), patches, n_read)
+
+    def _patched_resid(self, layer: int, delta: Split, patches: Patches) -> Split:
+        at_resid = patches.get(f"blocks.{layer}.hook_resid_pre", ())
+        return (patched(_joined(delta), at_resid), None) if at_resid else delta
 
     def _attention(self, layer: int, delta: Split, patches: Patches, first: int, n_read: int) -> Split:
         """δ entering a layer, and what the layer's heads add to it at the last `n_read` positions."""

@@ -26,7 +26,7 @@ def reference_effects(
     progress: Progress | None = None,
 ) -> tuple[Float[Tensor, "set prompt"], Float[Tensor, "prompt"]]:
     """Effects of every patch set on every prompt, and the clean metric, from full forwards in the model's own dtype."""
-    n_prompts, n_pos = prompts.clean.shape
+    n_prompts = len(prompts.clean)
     sources = Sources(model, prompts, patch_sets, source, prompts_per_chunk)
     patched = torch.empty(len(patch_sets), n_prompts, dtype=model.dtype, device=model.device)
     clean = torch.empty(n_prompts, dtype=model.dtype, device=model.device)
@@ -34,16 +34,21 @@ def reference_effects(
     for chunk in torch.arange(n_prompts).split(prompts_per_chunk):
         clean[chunk] = _logit_difference(model(prompts.clean[chunk]), prompts, chunk)
         for i, patch_set in enumerate(patch_sets):
-            hooks = [
-                (patch.site.component.hook_name, _replace(model, patch, sources, chunk, n_pos)) for patch in patch_set
-            ]
-            logits = model.run_with_hooks(prompts.clean[chunk], hooks)
-            patched[i, chunk] = _logit_difference(logits, prompts, chunk)
+            patched[i, chunk] = patched_metric(model, prompts, chunk, patch_set, sources)
             n_done += len(chunk)
             if progress is not None:
                 progress(n_done, len(patch_sets) * n_prompts)
         sources.forget()
     return patched - clean, clean
+
+
+def patched_metric(
+    model: HookedTransformer, prompts: AlignedPrompts, chunk: PromptChunk, patch_set: PatchSet, sources: Sources
+) -> Float[Tensor, "chunk"]:
+    """The metric of a chunk of prompts from one full forward with the patches of one set."""
+    n_pos = prompts.clean.shape[1]
+    hooks = [(patch.site.component.hook_name, _replace(model, patch, sources, chunk, n_pos)) for patch in patch_set]
+    return _logit_difference(model.run_with_hooks(prompts.clean[chunk], hooks), prompts, chunk)
 
 
 def _logit_difference(logits: Tensor, prompts: AlignedPrompts, chunk: PromptChunk) -> Float[Tensor, "prompt"]:

@@ -24,7 +24,7 @@ from subcircuit.engine.patching.plan import (
     row_bytes,
     start_of,
 )
-from subcircuit.engine.patching.reference import Progress, reference_effects
+from subcircuit.engine.patching.reference import Progress, patched_metric, reference_effects
 from subcircuit.engine.patching.sites import Patch, PatchSet, Site, Source, as_patch_set
 from subcircuit.engine.patching.sources import AlignedPrompts, PromptChunk, Sources
 from subcircuit.kernels.backend import Backend, triton_runs_on
@@ -41,6 +41,9 @@ CPU_BUDGET_BYTES = 2 * 2**30
 # mean square, on leaving the first patched layer), that is no longer small beside the effect.
 LARGE_DELTA = 0.2
 
+# Where x + δ is this many times smaller than x, their sum has lost a digit, in float32 too.
+LARGE_SHRINKAGE = 10
+
 
 @dataclass(frozen=True)
 class Effects:
@@ -51,6 +54,8 @@ class Effects:
     clean_metric: Float[Tensor, "prompt"]
     n_precise: int = 0
     """Rows whose δ was too large for products in bfloat16, and which were computed in float32 instead."""
+    n_full: int = 0
+    """Rows that take away nearly all of a residual stream, and which were computed as full forwards instead."""
 
 
 def default_budget(device: torch.device) -> int:
@@ -151,35 +156,47 @@ class DeltaSession:
         self._sources.add([*sets, base])
         effects = torch.zeros(len(sets), self.n_prompts, dtype=self.model.dtype, device=self.model.device)
         clean_metric = torch.empty(self.n_prompts, dtype=self.model.dtype, device=self.model.device)
-        n_done, n_precise, n_rows = 0, 0, len(sets) * self.n_prompts
+        n_done, n_precise, n_full, n_rows = 0, 0, 0, len(sets) * self.n_prompts
         for prompts in self._chunks:
             run, first_different = self._run(prompts), int(self._firsts[prompts].min())
             clean_metric[prompts] = run.clean_metric
             run.set_base(base, self._first_position(base, first_different))
             starts = self._starts(sets, base, first_different)
-            sizes = torch.zeros(len(sets), dtype=self.model.dtype, device=self.model.device)
+            sizes, shrinkages = torch.zeros(2, len(sets), dtype=self.model.dtype, device=self.model.device)
             for chunk in plan_chunks(starts, run.n_prompts, self.n_pos, self._max_tokens):
                 chosen = torch.tensor(chunk.sets)
-                rows, sizes[chosen] = run.effects([sets[i] for i in chunk.sets], chunk.start)
+                rows, departure = run.effects([sets[i] for i in chunk.sets], chunk.start)
                 effects[chosen[:, None], prompts] = rows
+                sizes[chosen], shrinkages[chosen] = departure
                 n_done += rows.numel()
                 if progress is not None:
                     progress(n_done, n_rows)
-            if not base and self._product_dtype != self._compute_dtype:
-                large = (sizes > LARGE_DELTA).nonzero()[:, 0].tolist()
-                self._repeat_precisely(run, sets, starts, large, effects)
-                n_precise += len(large) * run.n_prompts
-        return Effects(effects, clean_metric, n_precise)
+            if not base and self._compute_dtype == torch.float32:
+                shrunk = shrinkages > LARGE_SHRINKAGE
+                large = (sizes > LARGE_DELTA) & ~shrunk & (self._product_dtype != self._compute_dtype)
+                n_precise += run.n_prompts * self._repeat_precisely(run, sets, starts, large, effects)
+                n_full += run.n_prompts * self._repeat_fully(run, sets, shrunk, effects)
+        return Effects(effects, clean_metric, n_precise, n_full)
 
     def _repeat_precisely(
-        self, run: DeltaRun, sets: Sequence[PatchSet], starts: Sequence[Start], chosen: list[int], effects: Tensor
-    ) -> None:
-        """Compute the chosen sets once more, with products in the precision of the clean run."""
+        self, run: DeltaRun, sets: Sequence[PatchSet], starts: Sequence[Start], which: Tensor, effects: Tensor
+    ) -> int:
+        """Compute some sets once more, with products in the precision of the clean run. Returns how many."""
+        chosen = which.nonzero()[:, 0].tolist()
         precise = run.with_weights(self._precise_weights, self._compute_dtype)
         for chunk in plan_chunks([starts[i] for i in chosen], run.n_prompts, self.n_pos, self._max_tokens):
             again = [chosen[i] for i in chunk.sets]
             rows, _ = precise.effects([sets[i] for i in again], chunk.start)
             effects[torch.tensor(again)[:, None], run.chunk] = rows
+        return len(chosen)
+
+    def _repeat_fully(self, run: DeltaRun, sets: Sequence[PatchSet], which: Tensor, effects: Tensor) -> int:
+        """Compute some sets once more, as full forwards. Returns how many."""
+        chosen = which.nonzero()[:, 0].tolist()
+        for i in chosen:
+            metric = patched_metric(self.model, self.prompts, run.chunk, sets[i], self._sources)
+            effects[i, run.chunk] = metric - run.clean_metric
+        return len(chosen)
 
     def _check(self, sets: Iterable[PatchSet], base: PatchSet) -> None:
         for patch_set in [*sets, base]:

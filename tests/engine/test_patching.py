@@ -42,8 +42,7 @@ def case(request):
 @pytest.mark.parametrize("precision", ["fp64", "fp32", "bf16"])
 def test_effects_of_every_component_equal_full_forwards(case, source, precision):
     model, prompts = case
-    # Zeroing a whole residual stream leaves the next norm nothing but rounding noise to scale up.
-    sites = [name for name in components_of(model.config) if not (source == "zero" and name.startswith("r"))]
+    sites = components_of(model.config)
     reference = patch_effects(model, prompts, sites, source=source, executor="reference", precision="fp64")
     result = patch_effects(model, prompts, sites, source=source, precision=precision)
     assert relative_error(result.effects, reference.effects) < TOLERANCE[precision]
@@ -216,6 +215,19 @@ def test_corrupted_patches_before_the_first_difference_cost_nothing_and_change_n
     monkeypatch.setattr(DeltaRun, "_block", lambda *_: pytest.fail("a layer was computed"))
     effects = patch_effects(model, prompts, [at("a0.h0", 0, 2)]).effects
     assert torch.equal(effects, torch.zeros_like(effects))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_rows_that_take_away_nearly_all_of_a_residual_stream_are_full_forwards(case, precision):
+    model, prompts = case
+    clean = model.run_with_cache(prompts.clean)[1]
+    name = "blocks.1.hook_resid_pre"
+    tiny, near = ({name: factor * clean[name]} for factor in (1e-3, 0.9))
+    result = patch_effects(model, prompts, ["r1"], source=tiny, precision=precision)
+    assert (result.n_full, result.n_precise) == (len(prompts.clean), 0)
+    reference = patch_effects(model, prompts, ["r1"], source=tiny, executor="reference", precision="fp64").effects
+    assert relative_error(result.effects, reference) < TOLERANCE["fp32"]
+    assert patch_effects(model, prompts, ["r1"], source=near, precision=precision).n_full == 0
 
 
 def test_rows_with_a_large_difference_are_computed_in_float32(case):
