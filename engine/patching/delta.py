@@ -202,7 +202,7 @@ class DeltaRun:
         return self._base_deltas[layer]
 
     def effects(self, patch_sets: Sequence[PatchSet], start: Start) -> tuple[Float[Tensor, "set prompt"], Departure]:
-        """Effects of patch sets (on top of the base) that all start at `start`, and what departs in their first layer."""
+        """Effects of patch sets (on top of the base) that all start at `start`, and how much they depart there."""
         first = min(start.first, self._base_first) if self._base else start.first
         patches = self._patches([(*self._base, *patch_set) for patch_set in patch_sets], first, start.layer)
         delta = self._base_delta(start.layer)
