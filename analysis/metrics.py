@@ -2,6 +2,9 @@
 
 Every function takes logits `[prompt, d_vocab]`, or `[prompt, pos, d_vocab]` of aligned prompts, of which the
 last position is read. Values are float32 (float64 for float64 logits), whatever the model's dtype.
+
+Where several tokens count as right or wrong (`Task.answer_sets`), they come as `[prompt, token]`, rows filled up
+with −1.
 """
 
 from __future__ import annotations
@@ -10,15 +13,23 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+Tokens = Int[Tensor, " prompt"] | Int[Tensor, "prompt token"]
 Logits = Float[Tensor, "prompt d_vocab"] | Float[Tensor, "prompt pos d_vocab"]
 
 
-def logit_difference(
-    logits: Logits, answer: Int[Tensor, " prompt"], wrong: Int[Tensor, " prompt"]
-) -> Float[Tensor, " prompt"]:
-    """logit(answer) − logit(wrong): the log of how many times likelier the answer is."""
+def logit_difference(logits: Logits, answer: Tokens, wrong: Tokens) -> Float[Tensor, " prompt"]:
+    """logit(answer) − logit(wrong): the log of how many times likelier the answer is.
+
+    Of sets, mean logit(answers) − mean logit(wrongs): how many times likelier in the geometric mean.
+    """
     last = last_logits(logits)
     return _at(last, answer) - _at(last, wrong)
+
+
+def probability_difference(logits: Logits, answers: Tokens, wrongs: Tokens) -> Float[Tensor, " prompt"]:
+    """Σ P(answers) − Σ P(wrongs), −1 to 1 (Hanna et al. 2023, arXiv 2305.00586, section 2)."""
+    probabilities = last_logits(logits).softmax(-1)
+    return _sum_at(probabilities, answers) - _sum_at(probabilities, wrongs)
 
 
 def log_probability(logits: Logits, answer: Int[Tensor, " prompt"]) -> Float[Tensor, " prompt"]:
@@ -34,12 +45,13 @@ def kl_divergence(logits: Logits, reference: Logits) -> Float[Tensor, " prompt"]
     return terms.sum(-1)
 
 
-def is_top(logits: Logits, answer: Int[Tensor, " prompt"]) -> Bool[Tensor, " prompt"]:
-    """Whether the likeliest token is the answer."""
-    return last_logits(logits).argmax(-1) == answer.to(logits.device)
+def is_top(logits: Logits, answer: Tokens) -> Bool[Tensor, " prompt"]:
+    """Whether the likeliest token is the answer, or one of the answers."""
+    top = last_logits(logits).argmax(-1)
+    return (top[:, None] == _columns(answer).to(logits.device)).any(-1)
 
 
-def accuracy(logits: Logits, answer: Int[Tensor, " prompt"]) -> float:
+def accuracy(logits: Logits, answer: Tokens) -> float:
     """Share of prompts whose likeliest token is the answer, 0 to 1."""
     return float(is_top(logits, answer).float().mean())
 
@@ -61,4 +73,14 @@ def last_logits(logits: Logits) -> Float[Tensor, "prompt d_vocab"]:
 
 
 def _at(values: Tensor, tokens: Tensor) -> Tensor:
-    return values.gather(-1, tokens.to(values.device)[:, None])[:, 0]
+    """values at a prompt's token, or their mean over its tokens."""
+    return _sum_at(values, tokens) / (_columns(tokens) >= 0).sum(-1).to(values.device)
+
+
+def _sum_at(values: Tensor, tokens: Tensor) -> Tensor:
+    columns = _columns(tokens).to(values.device)
+    return values.gather(-1, columns.clamp(min=0)).where(columns >= 0, 0.0).sum(-1)
+
+
+def _columns(tokens: Tensor) -> Tensor:
+    return tokens[:, None] if tokens.ndim == 1 else tokens

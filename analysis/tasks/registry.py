@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from subcircuit.analysis.tasks.fitting import tokenizer_and_model
 from subcircuit.analysis.tasks.sequence_prompts import sequence_task
-from subcircuit.analysis.tasks.sequences import SEQUENCES
+from subcircuit.analysis.tasks.sequences import RULES
 from subcircuit.analysis.tasks.values import Model, Task
 from subcircuit.engine.errors import TaskError
 from subcircuit.engine.tokenizer import Tokenizer
@@ -14,7 +14,7 @@ from subcircuit.engine.tokenizer import Tokenizer
 
 def task_names() -> tuple[str, ...]:
     """The names that `task` knows."""
-    return tuple(SEQUENCES)
+    return tuple(RULES)
 
 
 def task(
@@ -48,6 +48,8 @@ def task(
     tokenizer, model = tokenizer_and_model(model_or_tokenizer)
     if n < 1:
         raise TaskError(f"task {name!r}: n is {n}; expected at least one prompt")
+    if name not in RULES:
+        raise TaskError(f"task {name!r} is not known; expected one of {', '.join(task_names())}")
     if filter and model is None:
         raise TaskError(f"task {name!r}: filter=True asks a model what it predicts; got a tokenizer alone")
     return sequence_task(name, tokenizer, model if filter else None, n, seed, template, starts)

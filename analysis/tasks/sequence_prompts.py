@@ -15,7 +15,6 @@ from subcircuit.analysis.tasks.fitting import DoesNotFit
 from subcircuit.analysis.tasks.sequences import (
     FILTERED_TOGETHER,
     MIXED,
-    N_MEMBERS,
     Layout,
     layout_of,
     layouts_of,
@@ -68,7 +67,7 @@ def sequence_task(
         template="all" if used == "+".join(MIXED) else used,
         seed=seed,
         starts=tuple(start + 1 for start, _, _ in schedule),
-        member_positions=layouts[0].member_positions,
+        positions=layouts[0].positions,
         filtered=model is not None,
     )
 
@@ -150,7 +149,7 @@ def _starts_that_pass(layout: Layout, model: Model) -> tuple[int, ...]:
 
 def _passes(model: Model, layout: Layout, words: Sequence[str]) -> list[bool]:
     """Whether the model's top token is the answer and P(answer) > 2 P(wrong), for each start value."""
-    rows = [layout.pair(words, start, range(start, start + N_MEMBERS)) for start in layout.starts]
+    rows = [layout.pair(words, start, layout.rule.shown(start)) for start in layout.starts]
     with torch.no_grad():
         logits = model(torch.tensor([row[0] for row in rows]))[:, -1].float().cpu()
     answer, wrong = (torch.tensor([row[i] for row in rows]) for i in (2, 3))

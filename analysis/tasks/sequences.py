@@ -1,4 +1,4 @@
-"""Sequence tasks: four members of a sequence are shown, the next one is asked for, in a template of sentences or bare.
+"""Sequence tasks: some members of a sequence are shown, the next one is asked for, in a template of sentences or bare.
 
 A template is fitted to a tokenizer as a `Layout`: members and words are used only where they are one token in the
 place where they stand, so all prompts have the same length and member i stands at the same position in each. Where a
@@ -20,7 +20,7 @@ from subcircuit.engine.errors import TaskError
 from subcircuit.engine.tokenizer import Tokenizer
 
 N_MEMBERS = 4
-"""Members a prompt shows before it asks for the next."""
+"""Members a prompt shows before it asks for the next, where the rule says nothing else."""
 
 SEQUENCES: dict[str, tuple[str, ...]] = {
     "numerals": tuple(str(number) for number in range(1, 13)),
@@ -29,6 +29,41 @@ SEQUENCES: dict[str, tuple[str, ...]] = {
     "weekdays": tuple("Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()),
     "letters": tuple("ABCDEFGHIJKLMNOPQRSTUVWXYZ"),
 }
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How a task goes through its members: from the one at `start` in steps, so many shown before the one asked for."""
+
+    members: tuple[str, ...]
+    step: int = 1
+    n_shown: int = N_MEMBERS
+
+    def shown(self, start: int) -> tuple[int, ...]:
+        """Indices of the members that a prompt shows."""
+        return tuple(start + i * self.step for i in range(self.n_shown))
+
+    def answer(self, start: int) -> int:
+        return start + self.n_shown * self.step
+
+    def wrong(self, start: int) -> int:
+        """The last member shown; where that is the answer, the one that counting on would give."""
+        return self.shown(start)[-1] if self.step else start + 1
+
+    def needs(self, start: int) -> tuple[int, ...]:
+        return *self.shown(start), self.answer(start), self.wrong(start)
+
+
+_FROM_ZERO = tuple(str(number) for number in range(100))
+RULES: dict[str, Rule] = {
+    **{name: Rule(members) for name, members in SEQUENCES.items()},
+    "interval_2": Rule(_FROM_ZERO[:50], 2, n_shown=3),
+    "interval_3": Rule(_FROM_ZERO[:50], 3, n_shown=3),
+    "interval_10": Rule(_FROM_ZERO, 10, n_shown=3),
+    "decreasing_numerals": Rule(SEQUENCES["numerals"], -1),
+    "repeated_numerals": Rule(SEQUENCES["numerals"], 0),
+}
+"""Sequence tasks by name. Intervals show three members, so that +3 fits where only digits are single tokens."""
 
 FILTERED_TOGETHER = {"number_words": "months", "months": "number_words"}
 """Tasks whose filter wants the words to pass with the other task's members put in as well, as in the paper."""
@@ -42,10 +77,6 @@ class Template:
     verb: str = ""
     words: tuple[str, ...] = ()
     words_are: str = ""
-
-    @property
-    def n_words(self) -> int:
-        return N_MEMBERS + 1 if self.words else 0
 
     def render(self, words: Sequence[str], members: Sequence[str]) -> str:
         """The prompt, without a space at its end."""
@@ -75,7 +106,7 @@ class Layout:
     task_name: str
     template: Template
     tokenizer: Tokenizer
-    sequence: tuple[str, ...]
+    rule: Rule
     spaced: bool
     """Whether the space before a member is a token of its own, so that the prompt ends in it."""
     members: dict[int, int]
@@ -85,11 +116,21 @@ class Layout:
     words: dict[str, int]
     first_words: dict[str, int]
     starts: tuple[int, ...]
-    """Indices s for which members s … s + 4 are all there."""
+    """Indices from which all that the rule needs is there."""
     frame: tuple[int, ...]
     """Tokens of one prompt, to be overwritten at the positions below."""
     word_positions: tuple[int, ...]
     member_positions: tuple[int, ...]
+
+    @property
+    def n_words(self) -> int:
+        return self.rule.n_shown + 1 if self.template.words else 0
+
+    @property
+    def positions(self) -> dict[str, tuple[int, ...]]:
+        """Classes of positions, as in `Task.positions`."""
+        words = {"words": self.word_positions} if self.template.words else {}
+        return {**words, "members": self.member_positions, "last": (len(self.frame) - 1,)}
 
     def draw_words(self, seed: int, draw: int) -> tuple[str, ...]:
         """Distinct words; seed and number of the draw alone decide, so that tasks share them."""
@@ -97,35 +138,35 @@ class Layout:
             return ()
         rng = random.Random(f"words {seed} {self.template.name} {draw}")
         first = rng.choice(list(self.first_words))
-        return (first, *rng.sample([word for word in self.words if word != first], self.template.n_words - 1))
+        return (first, *rng.sample([word for word in self.words if word != first], self.n_words - 1))
 
     def draw_corrupted(self, seed: int, draw: int, start: int) -> tuple[int, ...]:
-        """Four distinct members, at random, in place of those from `start`.
+        """Distinct members, at random, in place of those from `start`.
 
-        The end of the corrupted prompt follows no rule: its last two steps are not +1 (December → January is +1,
-        too) and not equal to each other. Its last member is neither the wrong answer, which the answer would
+        The end of the corrupted prompt follows no rule: its last two steps are not the rule's (December → January is
+        +1, too) and not equal to each other. Its last member is neither the wrong answer, which the answer would
         follow, nor the answer, so that neither is favoured for being the newest.
         """
         rng = random.Random(f"corrupted {seed} {draw}")
-        pool, n_total = list(self.members), len(self.sequence)
+        pool, n_total = list(self.members), len(self.rule.members)
         for _ in range(1000):
-            drawn = rng.sample(pool, N_MEMBERS)
+            drawn = rng.sample(pool, self.rule.n_shown)
             step_before, step = drawn[-2] - drawn[-3], drawn[-1] - drawn[-2]
-            follows_rule = step % n_total == 1 or step_before % n_total == 1 or step == step_before
-            newest_is_asked_for = drawn[-1] in (start + N_MEMBERS - 1, start + N_MEMBERS)
+            follows_rule = self.rule.step % n_total in (step % n_total, step_before % n_total) or step == step_before
+            newest_is_asked_for = drawn[-1] in (self.rule.wrong(start), self.rule.answer(start))
             if not (follows_rule or newest_is_asked_for) and drawn[0] in self.first_members:
                 return tuple(drawn)
-        listed = ", ".join(self.sequence[member] for member in self.members)
+        listed = ", ".join(self.rule.members[member] for member in self.members)
         raise TaskError(f"task {self.task_name!r}: no corrupted prompt can be made of the members {listed}")
 
     def pair(
         self, words: Sequence[str], start: int, corrupted: Sequence[int]
     ) -> tuple[list[int], list[int], int, int, str, str]:
         """Clean ids, corrupted ids, answer id, wrong id, clean text, corrupted text of one prompt."""
-        answer = start + N_MEMBERS
-        clean_ids, clean_text = self._row(words, range(start, answer), answer)
+        answer = self.rule.answer(start)
+        clean_ids, clean_text = self._row(words, self.rule.shown(start), answer)
         corrupted_ids, corrupted_text = self._row(words, corrupted, answer)
-        tokens = self.members[answer], self.members[answer - 1]
+        tokens = self.members[answer], self.members[self.rule.wrong(start)]
         return clean_ids, corrupted_ids, *tokens, clean_text, corrupted_text
 
     def _row(self, words: Sequence[str], members: Sequence[int], answer: int) -> tuple[list[int], str]:
@@ -134,8 +175,8 @@ class Layout:
             ids[position] = (self.words if i else self.first_words)[words[i]]
         for i, position in enumerate(self.member_positions):
             ids[position] = (self.members if i or self.template.words else self.first_members)[members[i]]
-        text = self.template.render(words, [self.sequence[member] for member in members])
-        if self.tokenizer.encode(f"{text} {self.sequence[answer]}") != [*ids, self.members[answer]]:
+        text = self.template.render(words, [self.rule.members[member] for member in members])
+        if self.tokenizer.encode(f"{text} {self.rule.members[answer]}") != [*ids, self.members[answer]]:
             raise TaskError(
                 f"task {self.task_name!r}: {self.tokenizer.name} splits {text!r} unlike other prompts; "
                 f"expected {len(ids)} tokens, of which each word and member is one"
@@ -145,8 +186,6 @@ class Layout:
 
 def layouts_of(name: str, template: str, tokenizer: Tokenizer) -> list[Layout]:
     """The layouts to mix, all aligned with each other."""
-    if name not in SEQUENCES:
-        raise TaskError(f"task {name!r} is not known; expected one of {', '.join(SEQUENCES)}")
     names = MIXED if template == "all" else tuple(dict.fromkeys(template.split("+")))
     if not set(names) <= set(TEMPLATES):
         raise TaskError(f"task {name!r}: unknown template {template!r}; expected all, {', '.join(TEMPLATES)}")
@@ -185,44 +224,51 @@ class _Members:
     starts: tuple[int, ...]
 
 
-def _members(sequence: Sequence[str], template: Template, tokenizer: Tokenizer, stem: str) -> _Members:
+def _members(rule: Rule, template: Template, tokenizer: Tokenizer, stem: str) -> _Members:
     """The members to use: with the space as a token of its own or without, whichever gives more start values."""
+    sequence = rule.members
     at_start = {} if template.words else largest(single_tokens(tokenizer, "", sequence))
     found = []
     for spaced, tokens in single_tokens(tokenizer, stem, sequence).items():
         anywhere = {i: tokens[member] for i, member in enumerate(sequence) if member in tokens}
         first = anywhere if template.words else {i: at_start[sequence[i]] for i in anywhere if sequence[i] in at_start}
-        starts = tuple(i for i in first if all(i + step in anywhere for step in range(N_MEMBERS + 1)))
+        starts = tuple(i for i in first if all(needed in anywhere for needed in rule.needs(i)))
         found.append(_Members(spaced, anywhere, first, starts))
     best = max(found, key=lambda members: (len(members.starts), len(members.anywhere)))
     if not best.starts:
         listed = ", ".join(sequence[i] for i in best.anywhere) or "none"
         raise DoesNotFit(
-            f"needs {N_MEMBERS + 1} members in a row that are single tokens where they stand; "
+            f"needs {len(set(rule.needs(0)))} members {_in_steps(rule)} that are single tokens where they stand; "
             f"{tokenizer.name} has only: {listed}"
         )
     return best
 
 
+def _in_steps(rule: Rule) -> str:
+    return "in a row" if abs(rule.step) <= 1 else f"in steps of {rule.step}"
+
+
 def layout_of(name: str, template: Template, tokenizer: Tokenizer) -> Layout:
-    sequence = SEQUENCES[name]
+    rule = RULES[name]
+    sequence = rule.members
     stem = f"It is {template.verb} in" if template.words else sequence[0]
-    members = _members(sequence, template, tokenizer, stem)
+    members = _members(rule, template, tokenizer, stem)
     first_words = largest(single_tokens(tokenizer, "", template.words))
     sentence = f"{stem} {sequence[members.starts[0]]}."
     words = largest(single_tokens(tokenizer, sentence, template.words))
-    if template.words and (not first_words or len(words) < template.n_words):
-        fewer = words if len(words) < template.n_words else first_words
+    n_words = rule.n_shown + 1
+    if template.words and (not first_words or len(words) < n_words):
+        fewer = words if len(words) < n_words else first_words
         where = "after a space" if fewer is words else "at the start of a text"
         raise DoesNotFit(
-            f"needs {template.n_words} {template.words_are} that are single tokens {where}; "
+            f"needs {n_words} {template.words_are} that are single tokens {where}; "
             f"{tokenizer.name} has only: {', '.join(fewer) or 'none'}"
         )
     layout = Layout(
         task_name=name,
         template=template,
         tokenizer=tokenizer,
-        sequence=sequence,
+        rule=rule,
         spaced=members.spaced,
         members=members.anywhere,
         first_members=members.first,
@@ -238,9 +284,9 @@ def layout_of(name: str, template: Template, tokenizer: Tokenizer) -> Layout:
 
 def _with_frame(layout: Layout) -> Layout:
     """Measure one prompt: its tokens and, from its beginnings' lengths, where words and members stand."""
-    start, tokenizer, template = layout.starts[0], layout.tokenizer, layout.template
+    start, tokenizer, template, rule = layout.starts[0], layout.tokenizer, layout.template, layout.rule
     words = layout.draw_words(0, 0)
-    members = [layout.sequence[start + i] for i in range(N_MEMBERS)]
+    members = [rule.members[i] for i in rule.shown(start)]
     text = template.render(words, members)
     ends, at = [], 0
     for piece in _alternate(words, members):
@@ -251,7 +297,7 @@ def _with_frame(layout: Layout) -> Layout:
         word_positions, member_positions = tuple(ends[::2]), tuple(ends[1::2])
     else:
         word_positions, member_positions = (), tuple(ends)
-    frame = tuple(tokenizer.encode(f"{text} {layout.sequence[start + N_MEMBERS]}")[:-1])
+    frame = tuple(tokenizer.encode(f"{text} {rule.members[rule.answer(start)]}")[:-1])
     return replace(layout, frame=frame, word_positions=word_positions, member_positions=member_positions)
 
 

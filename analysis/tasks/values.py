@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from jaxtyping import Int
@@ -32,7 +32,9 @@ class Task:
     corrupted: Int[Tensor, "prompt pos"] | None
     """None where a task from tokens came without: sources other than `corrupted` can still be used."""
     answer: Int[Tensor, " prompt"]
+    """The token to predict; where several count as right (`answers`), one of them."""
     wrong: Int[Tensor, " prompt"]
+    """The token to compare it with; where several do (`wrongs`), one of them."""
     prompts: tuple[str, ...] = ()
     """The clean prompts as text, with the space at the end where that is a token; () for a task from tokens."""
     corrupted_prompts: tuple[str, ...] = ()
@@ -41,10 +43,14 @@ class Task:
     seed: int = 0
     starts: tuple[int, ...] = ()
     """Per prompt, which member of the sequence comes first, counted from 1."""
-    member_positions: tuple[int, ...] = ()
-    """Where the four members stand, the same in every prompt."""
+    positions: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    """Classes of positions that are the same in every prompt, such as `members`, `words`, `S2`, `last`."""
     filtered: bool = False
     """Whether only prompts that the model answers were kept."""
+    answers: Int[Tensor, "prompt answer"] | None = None
+    """All tokens that count as right, rows filled up with −1; None where `answer` is the only one."""
+    wrongs: Int[Tensor, "prompt wrong"] | None = None
+    """All tokens that count as wrong, rows filled up with −1; None where `wrong` is the only one."""
 
     @property
     def n(self) -> int:
@@ -55,6 +61,21 @@ class Task:
     def pos(self) -> int:
         """Tokens per prompt, with BOS if the tokenizer adds one."""
         return self.clean.shape[1]
+
+    @property
+    def member_positions(self) -> tuple[int, ...]:
+        """Where the members of a sequence stand."""
+        return self.positions.get("members", ())
+
+    @property
+    def answer_sets(self) -> tuple[Int[Tensor, "prompt answer"], Int[Tensor, "prompt wrong"]]:
+        """Right and wrong tokens, as `metrics` takes them: one column where a prompt has one of each.
+
+        The logit difference of sets is mean logit(answers) − mean logit(wrongs): linear in the logits, as that of two
+        tokens is, along the mean of the answers' unembedding columns minus the mean of the wrong ones'.
+        """
+        answers = self.answer[:, None] if self.answers is None else self.answers
+        return answers, self.wrong[:, None] if self.wrongs is None else self.wrongs
 
     @property
     def first_difference(self) -> int:
@@ -81,12 +102,15 @@ class Task:
             prompts=tuple(self.prompts[row] for row in rows) if self.prompts else (),
             corrupted_prompts=tuple(self.corrupted_prompts[row] for row in rows) if self.corrupted_prompts else (),
             starts=tuple(self.starts[row] for row in rows) if self.starts else (),
+            answers=None if self.answers is None else self.answers[rows],
+            wrongs=None if self.wrongs is None else self.wrongs[rows],
         )
 
     def fingerprint(self) -> str:
         """Sixteen hexadecimal digits that change when any token of the task changes."""
         digest = hashlib.sha256(self.name.encode())
-        for part in (self.clean, self.corrupted, self.answer, self.wrong):
+        sets = [part for part in (self.answers, self.wrongs) if part is not None]
+        for part in (self.clean, self.corrupted, self.answer, self.wrong, *sets):
             digest.update(b"none" if part is None else str(tuple(part.shape)).encode())
             digest.update(b"" if part is None else part.cpu().numpy().tobytes())
         return digest.hexdigest()[:16]
