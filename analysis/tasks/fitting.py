@@ -14,12 +14,14 @@ class DoesNotFit(Exception):
     """Why a template cannot be built for a tokenizer."""
 
 
-def single_tokens(tokenizer: Tokenizer, stem: str, candidates: Sequence[str]) -> dict[bool, dict[str, int]]:
-    """The candidates that are one token after the stem, with it; by whether the space is another token."""
+def single_tokens(
+    tokenizer: Tokenizer, stem: str, candidates: Sequence[str], gap: str = " "
+) -> dict[bool, dict[str, int]]:
+    """The candidates that are one token after stem and gap, with it; by whether the gap is another token."""
     before = tokenizer.encode(stem) if stem else [cast(int, tokenizer.bos_id)] if tokenizer.adds_bos else []
     found: dict[bool, dict[str, int]] = {False: {}, True: {}}
     for candidate in candidates:
-        *head, last = tokenizer.encode(f"{stem} {candidate}" if stem else candidate)
+        *head, last = tokenizer.encode(f"{stem}{gap}{candidate}" if stem else candidate)
         spaced = len(head) == len(before) + 1 and text_of(tokenizer, head[-1]) == ""
         # An unknown-word token stands for many words: the token must spell the candidate.
         if (head[:-1] if spaced else head) == before and text_of(tokenizer, last) == candidate:

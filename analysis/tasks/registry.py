@@ -4,17 +4,41 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from subcircuit.analysis.tasks.colored_objects import COLORED_OBJECTS_TASKS
+from subcircuit.analysis.tasks.docstring import DOCSTRING_TASKS
 from subcircuit.analysis.tasks.fitting import tokenizer_and_model
+from subcircuit.analysis.tasks.frame_prompts import frame_task
+from subcircuit.analysis.tasks.frames import FrameTask
+from subcircuit.analysis.tasks.greater_than import GREATER_THAN_TASKS
+from subcircuit.analysis.tasks.induction import INDUCTION_TASKS
+from subcircuit.analysis.tasks.ioi import IOI_TASKS
+from subcircuit.analysis.tasks.sequence_about import sequence_about
 from subcircuit.analysis.tasks.sequence_prompts import sequence_task
 from subcircuit.analysis.tasks.sequences import RULES
-from subcircuit.analysis.tasks.values import Model, Task
+from subcircuit.analysis.tasks.string_edits import STRING_EDIT_TASKS
+from subcircuit.analysis.tasks.values import About, Model, Task
 from subcircuit.engine.errors import TaskError
 from subcircuit.engine.tokenizer import Tokenizer
+
+FRAME_TASKS: dict[str, FrameTask] = {
+    **GREATER_THAN_TASKS,
+    **IOI_TASKS,
+    **COLORED_OBJECTS_TASKS,
+    **INDUCTION_TASKS,
+    **DOCSTRING_TASKS,
+    **STRING_EDIT_TASKS,
+}
 
 
 def task_names() -> tuple[str, ...]:
     """The names that `task` knows."""
-    return tuple(RULES)
+    return *RULES, *FRAME_TASKS
+
+
+def about(name: str) -> About:
+    """What a task measures, what its corrupted prompts differ in, and where it is from. TaskError if not known."""
+    _check_known(name)
+    return sequence_about(name) if name in RULES else FRAME_TASKS[name].about
 
 
 def task(
@@ -28,19 +52,20 @@ def task(
 ) -> Task:
     """Build n prompt pairs of a task for a model's tokenizer.
 
-    name: one of `task_names()`.
+    name: one of `task_names()`; `about(name)` says what it measures.
     model_or_tokenizer: a HookedTransformer with a tokenizer, or the tokenizer alone.
-    n: how many prompts; their start values and templates are balanced, each count differing by one at most. The bare
-        sequence has one clean prompt per start value, so for larger n these repeat with other corrupted prompts.
-    seed: decides words and corrupted members. The first rows do not depend on n (without filter), and tasks with the
-        same start values get the same words.
-    template: `done`, `lost`, `born`, `bare`, several joined by `+`, or `all` for the three with words. `all` leaves
-        out a template that does not fit the tokenizer or does not line up with the others; `Task.template` tells.
-    filter: the paper's: keep a prompt only if the model's top token is the answer and P(answer) > 2 P(wrong), and
-        words only if that holds from all start values (number words and months: in both tasks, where the other can be
-        built). For `bare`, keep the start values that pass.
-    starts: start values to use, counted from 1; all that the tokenizer allows, if not given. A small model may never
-        get some of them right, and then no words pass from all.
+    n: how many prompts. Of a sequence, start values and templates are balanced, each count differing by one at most;
+        the bare sequence has one clean prompt per start value, so for larger n these repeat with other corrupted ones.
+    seed: decides the words and the corrupted prompts. The first rows do not depend on n (without filter), and sequence
+        tasks with the same start values get the same words.
+    template: one of the task's templates, several joined by `+`, or `all`; for sequences `done`, `lost`, `born`,
+        `bare`, where `all` are the three with words. `all` leaves out a template that does not fit the tokenizer or
+        does not line up with the others; `Task.template` tells.
+    filter: keep a prompt only if the model's top token is the answer and P(answer) > 2 P(wrong), as in Lan et al.; of a
+        sequence, words only if that holds from all start values (number words and months: in both tasks, where the
+        other can be built), and for `bare` the start values that pass.
+    starts: start values of a sequence to use, counted from 1; all that the tokenizer allows, if not given. A small
+        model may never get some of them right, and then no words pass from all.
 
     Raises TaskError where the name, template or a start value is not known, the tokenizer has too few single-token
     members or words, or too few prompts pass the filter.
@@ -48,8 +73,17 @@ def task(
     tokenizer, model = tokenizer_and_model(model_or_tokenizer)
     if n < 1:
         raise TaskError(f"task {name!r}: n is {n}; expected at least one prompt")
-    if name not in RULES:
-        raise TaskError(f"task {name!r} is not known; expected one of {', '.join(task_names())}")
+    _check_known(name)
     if filter and model is None:
         raise TaskError(f"task {name!r}: filter=True asks a model what it predicts; got a tokenizer alone")
-    return sequence_task(name, tokenizer, model if filter else None, n, seed, template, starts)
+    asked = model if filter else None
+    if name in RULES:
+        return sequence_task(name, tokenizer, asked, n, seed, template, starts)
+    if starts is not None:
+        raise TaskError(f"task {name!r} has no start values; they belong to {', '.join(RULES)}")
+    return frame_task(name, FRAME_TASKS[name], tokenizer, asked, n, seed, template)
+
+
+def _check_known(name: str) -> None:
+    if name not in task_names():
+        raise TaskError(f"task {name!r} is not known; expected one of {', '.join(task_names())}")

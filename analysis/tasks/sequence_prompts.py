@@ -10,7 +10,7 @@ from typing import cast
 
 import torch
 
-from subcircuit.analysis.metrics import logit_difference
+from subcircuit.analysis.tasks.filters import answered
 from subcircuit.analysis.tasks.fitting import DoesNotFit
 from subcircuit.analysis.tasks.sequences import (
     FILTERED_TOGETHER,
@@ -150,9 +150,5 @@ def _starts_that_pass(layout: Layout, model: Model) -> tuple[int, ...]:
 def _passes(model: Model, layout: Layout, words: Sequence[str]) -> list[bool]:
     """Whether the model's top token is the answer and P(answer) > 2 P(wrong), for each start value."""
     rows = [layout.pair(words, start, layout.rule.shown(start)) for start in layout.starts]
-    with torch.no_grad():
-        logits = model(torch.tensor([row[0] for row in rows]))[:, -1].float().cpu()
-    answer, wrong = (torch.tensor([row[i] for row in rows]) for i in (2, 3))
-    # A ratio of probabilities is a difference of logits.
-    likely = logit_difference(logits, answer, wrong) > math.log(2)
-    return cast(list[bool], (likely & (logits.argmax(-1) == answer)).tolist())
+    clean, answer, wrong = (torch.tensor([row[i] for row in rows]) for i in (0, 2, 3))
+    return cast(list[bool], answered(model, clean, answer, wrong).tolist())

@@ -23,6 +23,16 @@ class Model(Protocol):
     def __call__(self, tokens: Tensor) -> Tensor: ...
 
 
+@dataclass(frozen=True)
+class About:
+    """What a task's card says of it, in sentences."""
+
+    measures: str
+    corrupted: str
+    """What a corrupted prompt differs in, and why it does not lead to the answer."""
+    source: str
+
+
 @dataclass(frozen=True, eq=False)
 class Task:
     """Prompts to measure a model on: row i of every field belongs to prompt i, position j to position j."""
