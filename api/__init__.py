@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from subcircuit.analysis.faithfulness import Ablation, node_drops, random_circuits, score
     from subcircuit.analysis.study import StudySettings, study
     from subcircuit.analysis.sweep import Scores, sweep
-    from subcircuit.analysis.tasks import Task, task, task_from_tokens, task_names
+    from subcircuit.analysis.tasks import Task, task, task_from_file, task_from_tokens, task_names
     from subcircuit.engine.cache import ActivationCache
     from subcircuit.engine.config import ModelConfig, RopeScaling
     from subcircuit.engine.errors import SubcircuitError
@@ -41,7 +41,7 @@ _HOMES = {
     "analysis.faithfulness": ("Ablation", "node_drops", "random_circuits", "score"),
     "analysis.study": ("StudySettings", "study"),
     "analysis.sweep": ("Scores", "sweep"),
-    "analysis.tasks": ("Task", "task", "task_from_tokens", "task_names"),
+    "analysis.tasks": ("Task", "task", "task_from_file", "task_from_tokens", "task_names"),
     "engine.cache": ("ActivationCache",),
     "engine.config": ("ModelConfig", "RopeScaling"),
     "engine.errors": ("SubcircuitError",),
@@ -85,6 +85,7 @@ __all__ = [
     "study",
     "sweep",
     "task",
+    "task_from_file",
     "task_from_tokens",
     "task_names",
     "union",

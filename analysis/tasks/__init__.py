@@ -16,6 +16,7 @@ together: all prompts of a task have one length, and what a position holds in on
 
 from __future__ import annotations
 
+from subcircuit.analysis.tasks.files import task_from_file
 from subcircuit.analysis.tasks.from_tokens import task_from_tokens
 from subcircuit.analysis.tasks.registry import about, task, task_names
 from subcircuit.analysis.tasks.sequences import FILTERED_TOGETHER, MIXED, N_MEMBERS, SEQUENCES, TEMPLATES, Template
@@ -33,6 +34,7 @@ __all__ = [
     "Template",
     "about",
     "task",
+    "task_from_file",
     "task_from_tokens",
     "task_names",
 ]

@@ -8,12 +8,11 @@ from collections.abc import Iterator, Sequence
 from itertools import islice
 
 import torch
-from torch import Tensor
 
 from subcircuit.analysis.tasks.filters import answered
 from subcircuit.analysis.tasks.fitting import DoesNotFit
 from subcircuit.analysis.tasks.frames import FittedFrame, FrameTask, Row, fit
-from subcircuit.analysis.tasks.values import Model, Task
+from subcircuit.analysis.tasks.values import Model, Task, padded
 from subcircuit.engine.errors import TaskError
 from subcircuit.engine.tokenizer import Tokenizer
 
@@ -34,7 +33,7 @@ def frame_task(
     drawn = _rows(name, task, fitted, seed)
     rows = list(islice(drawn, n)) if model is None else _answered(name, drawn, n, model)
     used = _names(fitted)
-    answers, wrongs = _padded([row.answers for row in rows]), _padded([row.wrongs for row in rows])
+    answers, wrongs = padded([row.answers for row in rows]), padded([row.wrongs for row in rows])
     has_sets = answers.shape[1] > 1 or wrongs.shape[1] > 1
     return Task(
         name=name,
@@ -102,7 +101,7 @@ def _answered(name: str, drawn: Iterator[Row], n: int, model: Model) -> list[Row
     kept: list[Row] = []
     for _ in range(PROMPTS_TRIED):
         rows = list(islice(drawn, n))
-        answers, wrongs = _padded([row.answers for row in rows]), _padded([row.wrongs for row in rows])
+        answers, wrongs = padded([row.answers for row in rows]), padded([row.wrongs for row in rows])
         passes = answered(model, torch.tensor([row.clean for row in rows]), answers, wrongs).tolist()
         kept += [row for row, passed in zip(rows, passes, strict=True) if passed]
         if len(kept) >= n:
@@ -111,12 +110,6 @@ def _answered(name: str, drawn: Iterator[Row], n: int, model: Model) -> list[Row
         f"task {name!r}: the model answers {len(kept)} of {PROMPTS_TRIED * n} prompts, too few for n = {n}; "
         "expected a smaller n, another template, or filter=False"
     )
-
-
-def _padded(sets: Sequence[Sequence[int]]) -> Tensor:
-    """The sets as rows of one length, filled up with −1."""
-    width = max(map(len, sets))
-    return torch.tensor([[*row, *[-1] * (width - len(row))] for row in sets])
 
 
 def _shared_positions(fitted: Sequence[FittedFrame], rows: Sequence[Row]) -> dict[str, tuple[int, ...]]:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 
 from subcircuit.analysis.tasks.colored_objects import COLORED_OBJECTS_TASKS
 from subcircuit.analysis.tasks.docstring import DOCSTRING_TASKS
+from subcircuit.analysis.tasks.files import SUFFIXES, task_from_file
+from subcircuit.analysis.tasks.filters import answered
 from subcircuit.analysis.tasks.fitting import tokenizer_and_model
 from subcircuit.analysis.tasks.frame_prompts import frame_task
 from subcircuit.analysis.tasks.frames import FrameTask
@@ -52,10 +56,11 @@ def task(
 ) -> Task:
     """Build n prompt pairs of a task for a model's tokenizer.
 
-    name: one of `task_names()`; `about(name)` says what it measures.
+    name: one of `task_names()`; `about(name)` says what it measures. Or a `.csv` or `.json` file (`task_from_file`).
     model_or_tokenizer: a HookedTransformer with a tokenizer, or the tokenizer alone.
-    n: how many prompts. Of a sequence, start values and templates are balanced, each count differing by one at most;
-        the bare sequence has one clean prompt per start value, so for larger n these repeat with other corrupted ones.
+    n: how many prompts; of a file its first n, or all if it has fewer. Of a sequence, start values and templates are
+        balanced, each count differing by one at most; the bare sequence has one clean prompt per start value, so for
+        larger n these repeat with other corrupted ones.
     seed: decides the words and the corrupted prompts. The first rows do not depend on n (without filter), and sequence
         tasks with the same start values get the same words.
     template: one of the task's templates, several joined by `+`, or `all`; for sequences `done`, `lost`, `born`,
@@ -70,13 +75,13 @@ def task(
     Raises TaskError where the name, template or a start value is not known, the tokenizer has too few single-token
     members or words, or too few prompts pass the filter.
     """
+    if Path(name).suffix in SUFFIXES:
+        return _from_file(name, model_or_tokenizer, n, template, filter, starts)
     tokenizer, model = tokenizer_and_model(model_or_tokenizer)
     if n < 1:
         raise TaskError(f"task {name!r}: n is {n}; expected at least one prompt")
     _check_known(name)
-    if filter and model is None:
-        raise TaskError(f"task {name!r}: filter=True asks a model what it predicts; got a tokenizer alone")
-    asked = model if filter else None
+    asked = _needed(name, model) if filter else None
     if name in RULES:
         return sequence_task(name, tokenizer, asked, n, seed, template, starts)
     if starts is not None:
@@ -84,6 +89,34 @@ def task(
     return frame_task(name, FRAME_TASKS[name], tokenizer, asked, n, seed, template)
 
 
+def _from_file(
+    path: str,
+    model_or_tokenizer: Model | Tokenizer,
+    n: int,
+    template: str,
+    filter: bool,
+    starts: Sequence[int] | None,
+) -> Task:
+    if template != "all" or starts is not None or n < 1:
+        raise TaskError(f"task file {path} has neither templates nor start values, and n must be at least 1")
+    made = task_from_file(path, model_or_tokenizer)
+    if filter:
+        _, model = tokenizer_and_model(model_or_tokenizer)
+        passes = answered(_needed(path, model), made.clean, *made.answer_sets).nonzero()[:, 0].tolist()
+        if not passes:
+            raise TaskError(f"task file {path}: the model answers none of its {made.n} prompts")
+        made = replace(made.subset(passes), filtered=True)
+    return made.subset(range(min(n, made.n)))
+
+
+def _needed(name: str, model: Model | None) -> Model:
+    if model is None:
+        raise TaskError(f"task {name!r}: filter=True asks a model what it predicts; got a tokenizer alone")
+    return model
+
+
 def _check_known(name: str) -> None:
     if name not in task_names():
-        raise TaskError(f"task {name!r} is not known; expected one of {', '.join(task_names())}")
+        raise TaskError(
+            f"task {name!r} is not known; expected one of {', '.join(task_names())}, or a .csv or .json file"
+        )

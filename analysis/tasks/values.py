@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
+import torch
 from jaxtyping import Int
 from torch import Tensor
 
@@ -124,3 +125,9 @@ class Task:
             digest.update(b"none" if part is None else str(tuple(part.shape)).encode())
             digest.update(b"" if part is None else part.cpu().numpy().tobytes())
         return digest.hexdigest()[:16]
+
+
+def padded(sets: Sequence[Sequence[int]]) -> Int[Tensor, "set token"]:
+    """The sets as rows of one length, filled up with −1."""
+    width = max(map(len, sets))
+    return torch.tensor([[*row, *[-1] * (width - len(row))] for row in sets])
