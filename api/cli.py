@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 import subcircuit as sc
-from subcircuit.commands import discover, generate, models, study, sweep
+from subcircuit.commands import discover, generate, models, study, sweep, tasks
 from subcircuit.engine.errors import SubcircuitError
 
 app = typer.Typer(
@@ -27,6 +27,7 @@ for command in (
     discover.discover,
     generate.generate,
     models.models,
+    tasks.tasks,
     models.info,
     study.report,
 ):

@@ -25,10 +25,10 @@ class Direction(StrEnum):
     forward = "forward"
 
 
-TASKS = "numerals, number_words, months, weekdays or letters"
+TASKS = "numerals, months, ioi, … (`subcircuit tasks` lists them)"
 
 ModelOption = Annotated[str, typer.Option("--model", "-m", help="A short name, a directory, a .gguf file or a hub id.")]
-TaskOption = Annotated[str, typer.Option("--task", "--tasks", "-t", help=f"{TASKS}.")]
+TaskOption = Annotated[str, typer.Option("--task", "--tasks", "-t", help=f"{TASKS} or a .csv or .json file.")]
 NOption = Annotated[int, typer.Option("--n", "-n", min=1, help="Prompts per task.")]
 SeedOption = Annotated[int, typer.Option(help="Of the prompts, and of everything drawn at random.")]
 TemplateOption = Annotated[str, typer.Option(help="done, lost, born, bare, several joined by +, or all that fit.")]

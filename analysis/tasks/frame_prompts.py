@@ -53,7 +53,10 @@ def frame_task(
 
 
 def _fitted(name: str, task: FrameTask, tokenizer: Tokenizer, template: str) -> list[FittedFrame]:
-    """The frames to mix: those asked for that fit and, of these, the ones of the most common length."""
+    """The frames to mix: those asked for that fit and, of these, the ones of the most common shape.
+
+    Of one shape are frames of one length whose slots of each pool stand at the same positions, in whatever order.
+    """
     known = dict.fromkeys(frame.name for frame in task.frames)
     asked = list(known) if template == "all" else list(dict.fromkeys(template.split("+")))
     if not set(asked) <= set(known):
@@ -68,8 +71,8 @@ def _fitted(name: str, task: FrameTask, tokenizer: Tokenizer, template: str) -> 
                 reasons.append(f"template {frame.name!r} {reason}")
     if not fitting:
         raise TaskError(f"task {name!r}: {reasons[0]}")
-    length = Counter(len(each.skeleton) for each in fitting).most_common(1)[0][0]
-    aligned = [each for each in fitting if len(each.skeleton) == length]
+    shape = Counter(each.shape for each in fitting).most_common(1)[0][0]
+    aligned = [each for each in fitting if each.shape == shape]
     missing = [each for each in asked if each not in _names(aligned)]
     if missing and template != "all":
         why = next((reason for reason in reasons if repr(missing[0]) in reason), "")

@@ -127,6 +127,11 @@ class FittedFrame:
                 classes.setdefault(name, []).append(self.slot_positions[slot.name])
         return {**{name: tuple(at) for name, at in classes.items()}, "last": (len(self.skeleton) - 1,)}
 
+    @property
+    def shape(self) -> tuple[int, tuple[tuple[str, int], ...]]:
+        """Length, and the pool of the slot at each slot's position."""
+        return len(self.skeleton), tuple((slot.pool, self.slot_positions[slot.name]) for slot in self.frame.slots)
+
     def row(self, draw: Draw) -> Row | None:
         """The prompt pair, or None where the tokenizer splits it unlike the frame's other prompts."""
         clean, prompt = self._side(draw.clean)

@@ -1,0 +1,164 @@
+"""Task cards: what a task measures, its prompts, and how well a model does it, as a value and as Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from subcircuit.analysis.metrics import is_top, logit_difference, probability_difference
+from subcircuit.analysis.tasks.fitting import tokenizer_and_model
+from subcircuit.analysis.tasks.registry import about, task, task_names
+from subcircuit.analysis.tasks.values import About, Model, Task
+from subcircuit.engine.errors import TaskError
+from subcircuit.engine.tokenizer import Tokenizer
+
+N_EXAMPLES = 2
+N_LISTED = 6
+"""Answers that a card spells out where there are many."""
+ROWS_AT_ONCE = 8
+"""Prompts run together, whose logits are at all positions."""
+
+
+@dataclass(frozen=True)
+class TaskCard:
+    """A task for one tokenizer and, where there is a model, how well it does it."""
+
+    name: str
+    about: About
+    tokenizer: str
+    template: str
+    n: int
+    seed: int
+    n_pos: int
+    """Tokens per prompt, with BOS if the tokenizer adds one."""
+    first_difference: int
+    """First position at which a corrupted prompt differs from its clean one."""
+    positions: dict[str, tuple[int, ...]]
+    examples: tuple[dict[str, Any], ...]
+    """Clean and corrupted prompt, answers, wrong answers, and the clean prompt's tokens."""
+    accuracy: float | None = None
+    """Share of prompts whose likeliest token is an answer; None for a tokenizer alone, like what follows."""
+    logit_difference: float | None = None
+    """Mean over prompts, answers minus wrong answers, in nats."""
+    corrupted_logit_difference: float | None = None
+    """The same on the corrupted prompts."""
+    probability_difference: float | None = None
+    """Mean over prompts of Σ P(answers) − Σ P(wrong answers)."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
+def task_card(
+    name: str, model_or_tokenizer: Model | Tokenizer, n: int = 32, seed: int = 0, template: str = "all"
+) -> TaskCard:
+    """The card of a task on n prompts. Raises TaskError as `task` does."""
+    said = about(name)
+    tokenizer, model = tokenizer_and_model(model_or_tokenizer)
+    made = task(name, tokenizer, n=n, seed=seed, template=template)
+    return TaskCard(
+        name=name,
+        about=said,
+        tokenizer=tokenizer.name,
+        template=made.template,
+        n=made.n,
+        seed=seed,
+        n_pos=made.pos,
+        first_difference=made.first_difference,
+        positions=dict(made.positions),
+        examples=tuple(_example(made, i, tokenizer) for i in range(min(N_EXAMPLES, made.n))),
+        **({} if model is None else _measured(made, model)),
+    )
+
+
+def _example(made: Task, row: int, tokenizer: Tokenizer) -> dict[str, Any]:
+    answers, wrongs = (
+        [tokenizer.decode([token]) for token in tokens[row].tolist() if token >= 0] for tokens in made.answer_sets
+    )
+    return {
+        "clean": made.prompts[row],
+        "corrupted": made.corrupted_prompts[row],
+        "answers": answers,
+        "wrongs": wrongs,
+        "tokens": [tokenizer.decode([token]) for token in made.clean[row].tolist()],
+    }
+
+
+def _measured(made: Task, model: Model) -> dict[str, Any]:
+    if made.corrupted is None:
+        raise TaskError(f"task {made.name!r} has no corrupted prompts, which a card compares")
+    logits, corrupted = _last_logits(model, made.clean), _last_logits(model, made.corrupted)
+    answers, wrongs = made.answer_sets
+    return {
+        "accuracy": float(is_top(logits, answers).float().mean()),
+        "logit_difference": float(logit_difference(logits, answers, wrongs).mean()),
+        "corrupted_logit_difference": float(logit_difference(corrupted, answers, wrongs).mean()),
+        "probability_difference": float(probability_difference(logits, answers, wrongs).mean()),
+    }
+
+
+@torch.no_grad()
+def _last_logits(model: Model, tokens: Tensor) -> Float[Tensor, "prompt d_vocab"]:
+    parts = [model(tokens[i : i + ROWS_AT_ONCE])[:, -1].float().cpu() for i in range(0, len(tokens), ROWS_AT_ONCE)]
+    return torch.cat(parts)
+
+
+def tasks_page(models: Mapping[str, Model], command: str, n: int = 32, seed: int = 0, names: Sequence[str] = ()) -> str:
+    """A Markdown page of the cards of all tasks, or of those named, for models by name.
+
+    command: what made the page; it stands in it.
+    """
+    parts = [
+        "# Tasks\n",
+        f"Made by `{command}`. {n} prompts per task, seed {seed}. *Top-1* is the share of prompts whose likeliest next "
+        "token is an answer; *logit difference* the mean over prompts of answer minus wrong answer, in nats, of sets "
+        "the difference of their means; *corrupted* the same on the corrupted prompts; *first* the first position that "
+        "differs.\n",
+    ]
+    parts += [_section(name, models, n, seed) for name in names or task_names()]
+    return "\n".join(parts)
+
+
+def _section(name: str, models: Mapping[str, Model], n: int, seed: int) -> str:
+    said = about(name)
+    lines = [
+        f"## {name}\n",
+        f"{said.measures}\n",
+        f"*Corrupted prompts.* {said.corrupted}\n",
+        f"*Source.* {said.source}\n",
+    ]
+    cells, notes, example = [], [], None
+    for model_name, model in models.items():
+        try:
+            card = task_card(name, model, n, seed)
+        except TaskError as error:
+            notes.append(f"{model_name}: {error}\n")
+            continue
+        example = card.examples[0]
+        cells.append(
+            f"| {model_name} | {card.template} | {card.n_pos} | {card.first_difference} | {card.accuracy:.0%} | "
+            f"{card.logit_difference:.2f} | {card.corrupted_logit_difference:.2f} |"
+        )
+    if cells:
+        lines += ["| model | templates | tokens | first | top-1 | logit difference | corrupted |"]
+        lines += ["| --- | --- | --- | --- | --- | --- | --- |", *cells, ""]
+    lines += notes
+    if example is not None:
+        answers, wrongs = (_listed(example[key]) for key in ("answers", "wrongs"))
+        lines += [
+            "    " + example["clean"].replace("\n", "\n    "),
+            f"\nAnswer {answers}; wrong {wrongs}. Corrupted:\n",
+        ]
+        lines += ["    " + example["corrupted"].replace("\n", "\n    "), ""]
+    return "\n".join(lines)
+
+
+def _listed(words: Sequence[str]) -> str:
+    shown = ", ".join(f"`{word}`" for word in words[:N_LISTED])
+    return shown if len(words) <= N_LISTED else f"{shown}, … ({len(words)} in all)"
