@@ -20,6 +20,7 @@ from subcircuit.analysis.tasks.files import task_from_file
 from subcircuit.analysis.tasks.from_tokens import task_from_tokens
 from subcircuit.analysis.tasks.registry import about, task, task_names
 from subcircuit.analysis.tasks.sequences import FILTERED_TOGETHER, MIXED, N_MEMBERS, SEQUENCES, TEMPLATES, Template
+from subcircuit.analysis.tasks.transfer import TransferPrompt, transfer_kinds, transfer_prompts
 from subcircuit.analysis.tasks.values import About, Model, Task
 
 __all__ = [
@@ -32,9 +33,12 @@ __all__ = [
     "Model",
     "Task",
     "Template",
+    "TransferPrompt",
     "about",
     "task",
     "task_from_file",
     "task_from_tokens",
     "task_names",
+    "transfer_kinds",
+    "transfer_prompts",
 ]
