@@ -1,7 +1,7 @@
 """Prompts to be continued freely: does a model still count, add and list months without a circuit's heads?
 
-The kinds of prompts are those of Lan et al. (arXiv 2311.04131); sentences are our own. Nothing is fitted to a tokenizer:
-prompts are text without a space at the end (a tokenizer for which the space is a token of its own is given one), and an
+The kinds of prompts are those of Lan et al. (arXiv 2311.04131); sentences are our own. Nothing is fitted to a
+tokenizer: prompts are text without a space at the end (add one where the space is a token of its own), and an
 expected completion may be any number of tokens.
 """
 
@@ -39,7 +39,7 @@ class TransferPrompt:
     """Without the space before it."""
 
     def is_continued_by(self, completion: str) -> bool:
-        """Whether the completion begins with what is expected, as whole words: where 10 is expected, 100 does not do."""
+        """Whether the completion begins with what is expected, as whole words: 100 is not 10."""
         text = " ".join(completion.split())
         return text.startswith(self.expected) and not text[len(self.expected) :][:1].isalnum()
 
