@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -20,6 +21,8 @@ from subcircuit.engine.tokenizer import Tokenizer
 N_EXAMPLES = 2
 N_LISTED = 6
 """Answers that a card spells out where there are many."""
+WIDTH = 118
+"""Characters per line of a page."""
 ROWS_AT_ONCE = 8
 """Prompts run together, whose logits are at all positions."""
 
@@ -114,49 +117,55 @@ def tasks_page(models: Mapping[str, Model], command: str, n: int = 32, seed: int
 
     command: what made the page; it stands in it.
     """
-    parts = [
-        "# Tasks\n",
-        f"Made by `{command}`. {n} prompts per task, seed {seed}. *Top-1* is the share of prompts whose likeliest next "
-        "token is an answer; *logit difference* the mean over prompts of answer minus wrong answer, in nats, of sets "
-        "the difference of their means; *corrupted* the same on the corrupted prompts; *first* the first position that "
-        "differs.\n",
-    ]
-    parts += [_section(name, models, n, seed) for name in names or task_names()]
-    return "\n".join(parts)
+    intro = (
+        f"Made by `{command}`: {n} prompts per task, seed {seed}. *First* is the first position that differs between "
+        "clean and corrupted prompts, *top-1* the share of prompts whose likeliest next token is an answer, *logit "
+        "difference* the mean over prompts of answer minus wrong answer in nats (of sets, the difference of means) "
+        "and *corrupted* the same on the corrupted prompts."
+    )
+    sections = [_section(name, models, n, seed) for name in names or task_names()]
+    return "\n\n".join(["# Tasks", _wrapped(intro), *sections]) + "\n"
 
 
 def _section(name: str, models: Mapping[str, Model], n: int, seed: int) -> str:
     said = about(name)
-    lines = [
-        f"## {name}\n",
-        f"{said.measures}\n",
-        f"*Corrupted prompts.* {said.corrupted}\n",
-        f"*Source.* {said.source}\n",
-    ]
-    cells, notes, example = [], [], None
+    parts = [f"## {name}", said.measures, f"*Corrupted prompts.* {said.corrupted}", f"*Source.* {said.source}"]
+    cards: dict[str, TaskCard] = {}
+    notes = []
     for model_name, model in models.items():
         try:
-            card = task_card(name, model, n, seed)
+            cards[model_name] = task_card(name, model, n, seed)
         except TaskError as error:
-            notes.append(f"{model_name}: {error}\n")
-            continue
-        example = card.examples[0]
-        cells.append(
-            f"| {model_name} | {card.template} | {card.n_pos} | {card.first_difference} | {card.accuracy:.0%} | "
-            f"{card.logit_difference:.2f} | {card.corrupted_logit_difference:.2f} |"
-        )
-    if cells:
-        lines += ["| model | templates | tokens | first | top-1 | logit difference | corrupted |"]
-        lines += ["| --- | --- | --- | --- | --- | --- | --- |", *cells, ""]
-    lines += notes
-    if example is not None:
-        answers, wrongs = (_listed(example[key]) for key in ("answers", "wrongs"))
-        lines += [
-            "    " + example["clean"].replace("\n", "\n    "),
-            f"\nAnswer {answers}; wrong {wrongs}. Corrupted:\n",
-        ]
-        lines += ["    " + example["corrupted"].replace("\n", "\n    "), ""]
+            notes.append(f"Not for {model_name}: {error}.")
+    parts = [_wrapped(part) for part in parts]
+    if cards:
+        parts += [_table(cards), *_example_shown(*list(cards.items())[-1])]
+    return "\n\n".join([*parts, *map(_wrapped, notes)])
+
+
+def _table(cards: Mapping[str, TaskCard]) -> str:
+    lines = [
+        "| model | templates | tokens | first | top-1 | logit difference | corrupted |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for model, card in cards.items():
+        cells = f"| {model} | {card.template} | {card.n_pos} | {card.first_difference} | {card.accuracy:.0%} | "
+        lines.append(f"{cells}{card.logit_difference:.2f} | {card.corrupted_logit_difference:.2f} |")
     return "\n".join(lines)
+
+
+def _example_shown(model: str, card: TaskCard) -> list[str]:
+    example = card.examples[0]
+    answers, wrongs = (_listed(example[key]) for key in ("answers", "wrongs"))
+    clean, corrupted = (textwrap.indent(example[side], "    ") for side in ("clean", "corrupted"))
+    return [
+        f"A prompt for {model}, answer {answers}, wrong {wrongs}; and its corrupted prompt:",
+        f"{clean}\n\n{corrupted}",
+    ]
+
+
+def _wrapped(text: str) -> str:
+    return textwrap.fill(text, WIDTH, break_long_words=False, break_on_hyphens=False)
 
 
 def _listed(words: Sequence[str]) -> str:

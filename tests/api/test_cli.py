@@ -130,8 +130,39 @@ def test_help_is_shown_where_nothing_is_asked_for(run, arguments):
     assert out.startswith("Usage: subcircuit")
 
 
-def test_the_tasks_that_help_names_are_those_there_are():
-    assert options.TASKS.replace(" or ", ", ").split(", ") == list(sc.task_names())
+def test_the_tasks_that_help_names_are_there():
+    named = options.TASKS.split(", …")[0].split(", ")
+    assert named
+    assert set(named) <= set(sc.task_names())
+
+
+def test_tasks_lists_them_and_shows_the_card_of_one(run):
+    status, out, _ = run("tasks")
+    assert status == 0
+    assert {line.split()[0] for line in out.splitlines() if line} >= set(sc.task_names())
+    status, out, _ = run("tasks", "months", *TINY)
+    assert status == 0
+    assert "arXiv 2311.04131" in out
+    assert re.search(r"tokens per prompt +23", out)
+    assert re.search(r"top-1 +100.0%", out)
+    status, out, _ = run("tasks", "months", *TINY, "--json")
+    card = json.loads(out)
+    assert (card["n"], card["n_pos"], card["first_difference"], card["accuracy"]) == (4, 23, 3, 1.0)
+    status, out, _ = run("tasks", "months", *TINY, "--markdown")
+    assert out.startswith("# Tasks\n")
+    assert "| tiny-gpt2 | all | 23 | 3 | 100% |" in out
+
+
+def test_a_file_is_a_task_of_the_command_line(run, tmp_path):
+    file = tmp_path / "mine.csv"
+    file.write_text("clean,corrupted,answer,wrong\nMay June July,May June March,August,July\n")
+    status, out, _ = run("sweep", "--model", "tiny-gpt2", "--task", file, "--components", "a0.h1")
+    assert status == 0
+    assert "1 sites × 1 prompts" in out
+    file.write_text("clean,corrupted,answer,wrong\nMay June July,May June March,Xanthippe,July\n")
+    status, _, err = run("sweep", "--model", "tiny-gpt2", "--task", file)
+    assert status == 2
+    assert "mine.csv, row 1: 'Xanthippe'" in err
 
 
 def test_bars_on_a_terminal_show_rate_and_time_left(monkeypatch):
@@ -170,6 +201,9 @@ def test_bars_on_a_terminal_show_rate_and_time_left(monkeypatch):
         (("study", *TINY, "--out", "unused", "--source", "median"), "'median' is not known"),
         (("study", *TINY, "--out", "unused", "--resume", "--overwrite"), "contradict each other"),
         (("generate", "-m", "tiny-gpt2"), "no prompt"),
+        (("tasks", "months"), "expected --model once"),
+        (("tasks", "colours", *TINY), "'colours' is not known"),
+        (("tasks", "--markdown"), "expected --model at least once"),
         (("info",), "no model"),
         (("generate", "-m", "tiny-gpt2", "-p", ""), "empty"),
         (("generate", "-m", "tiny-gpt2", "-p", "May " * 500), "context"),
