@@ -6,7 +6,6 @@ A line per kernel and configuration: registers and bytes spilled per thread, sha
 a multiprocessor's threads that these allow at once. Exit status 1 where something is spilled or the chip has less
 shared memory. No GPU is needed, only Triton's own compilers.
 """
-# mypy: allow-any-generics
 
 from __future__ import annotations
 
@@ -104,7 +103,7 @@ def _row_kernels(quick: bool) -> Iterator[Case]:
             for gated in (True, False):
                 types = dict.fromkeys(["clean_pre", "clean_linear", "clean_post"], "*fp32")
                 types |= dict.fromkeys(["delta_pre", "delta_linear", "out"], f"*{dtype}")
-                constants = {"ACTIVATION": activation, "BLOCK": activation_delta.BLOCK}
+                constants: dict[str, Any] = {"ACTIVATION": activation, "BLOCK": activation_delta.BLOCK}
                 constants |= {} if gated else dict.fromkeys(["clean_linear", "delta_linear"])
                 name = f"activation_delta, {activation}{', gated' if gated else ''}, {dtype}"
                 yield Case(name, activation_delta.activation_delta_kernel, types, constants, counts, 4, 3)
@@ -134,7 +133,12 @@ def _attention_cases(target: str, quick: bool) -> Iterator[Case]:
             for config in configs[-1:] if quick else configs:
                 for dtype in ("bf16",) if quick else ("bf16", "fp32"):
                     types = clean | dict.fromkeys(["delta_q", "delta_k", "delta_v", "out"], f"*{dtype}")
-                    constants = {"D_HEAD": d_head, "GROUP": 3, "BLOCK_H": half, "CHUNK": module.chunk(half)}
+                    constants: dict[str, Any] = {
+                        "D_HEAD": d_head,
+                        "GROUP": 3,
+                        "BLOCK_H": half,
+                        "CHUNK": module.chunk(half),
+                    }
                     constants |= {"BLOCK_M": rows, "PRECISION": _precision(target), **config.kwargs}
                     constants |= {} if rotary else dict.fromkeys(["cos", "sin"])
                     what = f"{d_head} wide{', rotary' if rotary else ''}, {rows} rows, {_described(config)}, {dtype}"
