@@ -90,7 +90,7 @@ def _row_kernels(quick: bool) -> Iterator[Case]:
         for width in (4096,) if quick else (768, 4096, 8192):
             block, n_warps = block_size(width)
             for layer_norm in (True, False):
-                constants = {"LAYER_NORM": layer_norm, "BLOCK": block}
+                constants: dict[str, Any] = {"LAYER_NORM": layer_norm, "BLOCK": block}
                 what = f"{'layer norm' if layer_norm else 'RMS norm'}, {width} wide"
                 types = clean | {"product": f"*{dtype}", "out": f"*{dtype}"}
                 kernel = norm_delta.norm_delta_kernel
@@ -103,8 +103,9 @@ def _row_kernels(quick: bool) -> Iterator[Case]:
             for gated in (True, False):
                 types = dict.fromkeys(["clean_pre", "clean_linear", "clean_post"], "*fp32")
                 types |= dict.fromkeys(["delta_pre", "delta_linear", "out"], f"*{dtype}")
-                constants: dict[str, Any] = {"ACTIVATION": activation, "BLOCK": activation_delta.BLOCK}
-                constants |= {} if gated else dict.fromkeys(["clean_linear", "delta_linear"])
+                constants = {"ACTIVATION": activation, "BLOCK": activation_delta.BLOCK}
+                if not gated:
+                    constants |= dict.fromkeys(["clean_linear", "delta_linear"])
                 name = f"activation_delta, {activation}{', gated' if gated else ''}, {dtype}"
                 yield Case(name, activation_delta.activation_delta_kernel, types, constants, counts, 4, 3)
 
@@ -140,7 +141,8 @@ def _attention_cases(target: str, quick: bool) -> Iterator[Case]:
                         "CHUNK": module.chunk(half),
                     }
                     constants |= {"BLOCK_M": rows, "PRECISION": _precision(target), **config.kwargs}
-                    constants |= {} if rotary else dict.fromkeys(["cos", "sin"])
+                    if not rotary:
+                        constants |= dict.fromkeys(["cos", "sin"])
                     what = f"{d_head} wide{', rotary' if rotary else ''}, {rows} rows, {_described(config)}, {dtype}"
                     kernel = module.attention_delta_kernel.fn
                     yield Case(
