@@ -38,21 +38,26 @@ class OVScores:
     chain: Int[Tensor, "prompt target"]
     positions: tuple[int, ...]
     is_sequence: bool
+    d_vocab: int
 
-    def hits(self, shift: int, top: int = 5) -> Float[Tensor, "layer head"]:
+    def hits(self, shift: int, top: int = 5, *, suppressed: bool = False) -> Float[Tensor, "layer head"]:
         """Share of source tokens for which the token `shift` places on in the chain is among the top ones.
 
-        0 is the paper's copy score, 1 its next-member score. Raises TaskError when no chain is long enough.
+        0 is the paper's copy score, 1 its next-member score. With `suppressed`, among the bottom ones: the copy score
+        of the head's negative (Wang et al. 2022, section 3.4). Raises TaskError when no chain is long enough.
         """
-        return _share(self.ranks < top, self._pairs(shift))
+        return _share(self._hit(top, suppressed), self._pairs(shift))
 
-    def measure(self, shift: int, top: int = 5) -> Measure:
+    def _hit(self, top: int, suppressed: bool) -> Bool[Tensor, "layer head prompt source target"]:
+        return self.ranks >= self.d_vocab - top if suppressed else self.ranks < top
+
+    def measure(self, shift: int, top: int = 5, *, suppressed: bool = False) -> Measure:
         """`hits` against the hits of the chain's other tokens.
 
         A head that writes any member for any member is no successor head: the baseline is the head's share of hits over
         all other pairs, save copies, and the threshold comes from these pairs, shift by shift.
         """
-        hit = self.ranks < top
+        hit = self._hit(top, suppressed)
         shifts = [other for other in self.shifts if other not in (0, 1, shift)]
         others = [self._pairs(other) & ~self._same(shift) & ~self._same(0) for other in shifts]
         others = [pairs for pairs in others if pairs.any()]
@@ -61,9 +66,11 @@ class OVScores:
         baseline = _share(hit, torch.stack(others).any(0))
         null = torch.stack([_share(hit, pairs) - baseline for pairs in others])
         named = {0: "copy", 1: "next", -1: "previous"}
-        name = f"OV {named.get(shift, f'{shift:+d}')}"
-        what = f"{_meant(shift)} is among the {top} tokens that the head writes for a member"
-        return Measure(name, self.hits(shift, top), baseline, chance_threshold(null), what)
+        name = f"OV {'anti-' if suppressed else ''}{named.get(shift, f'{shift:+d}')}"
+        side = "bottom" if suppressed else "top"
+        what = f"what the head writes for a token has {_meant(shift)} among its {side} {top}"
+        score = self.hits(shift, top, suppressed=suppressed)
+        return Measure(name, score, baseline, chance_threshold(null), what)
 
     @property
     def shifts(self) -> range:
@@ -91,7 +98,7 @@ def _share(hit: Tensor, pairs: Bool[Tensor, "prompt source target"]) -> Float[Te
 
 
 def _meant(shift: int) -> str:
-    return {0: "the member itself", 1: "the next member"}.get(shift, f"the member {shift:+d} on")
+    return {0: "that token", 1: "the next member"}.get(shift, f"the member {shift:+d} on")
 
 
 @torch.no_grad()
@@ -132,7 +139,7 @@ def ov_scores(
         ranks[layer] = _ranks(model, written, chain)
         if progress is not None:
             progress(layer + 1, config.n_layers)
-    return OVScores(ranks, chain, positions, is_sequence)
+    return OVScores(ranks, chain, positions, is_sequence, config.d_vocab)
 
 
 def _ranks(
