@@ -42,20 +42,23 @@ class Lens:
     """Probability of its wrong answer (or answers)."""
     newest: Float[Tensor, "stage prompt pos"] | None
     """Probability of the last member that the prompt shows; None in a task without members."""
+    lead: Float[Tensor, "stage prompt pos"]
+    """Logit of the answer minus that of its rival, the newest member or else the wrong answer (means of sets)."""
     task: Task
     tokenizer: Tokenizer | None
 
     @property
     def rival(self) -> Float[Tensor, "stage prompt pos"]:
-        """What the answer has to overtake: the newest member, or the wrong answer in a task without members."""
+        """Probability of what the answer has to overtake: the newest member, or the wrong answer where there is none."""
         return self.wrong if self.newest is None else self.newest
 
     def takeover(self) -> Int[Tensor, " prompt"]:
-        """Per prompt, the index of the first stage from which the answer stays likelier than its rival to the end.
+        """Per prompt, the index of the first stage from which the answer stays ahead of its rival to the end.
 
-        Read at the last of the positions; the number of stages where the answer is not ahead in the end.
+        Read at the last of the positions; the number of stages where the answer is not ahead in the end, and 0 where it
+        never was behind.
         """
-        behind = (self.answer <= self.rival)[..., -1]
+        behind = (self.lead <= 0)[..., -1]
         after_last = torch.arange(1, len(self.stages) + 1)[:, None] * behind
         return after_last.max(0).values
 
@@ -76,8 +79,9 @@ class Lens:
     def table(self) -> list[dict[str, Any]]:
         """A row per stage at the last of the positions, averaged over prompts.
 
-        The share of prompts whose likeliest token is the answer, mean probabilities, the share in which the answer is
-        ahead of its rival, and the commonest likeliest token (its text where the model has a tokenizer) with its share.
+        The share of prompts whose likeliest token is the answer, mean probabilities of the answer and its rival, mean
+        lead in logits, the share of prompts with a lead, and the commonest likeliest token (its text where the model
+        has a tokenizer) with its share.
         """
         is_answer = (self.top_tokens[:, :, -1, 0, None] == self.task.answer_sets[0]).any(-1)
         rows = []
@@ -89,7 +93,8 @@ class Lens:
                     "top1": float(is_answer[i].double().mean()),
                     "answer": float(self.answer[i, :, -1].mean()),
                     "rival": float(self.rival[i, :, -1].mean()),
-                    "ahead": float((self.answer > self.rival)[i, :, -1].double().mean()),
+                    "lead": float(self.lead[i, :, -1].mean()),
+                    "ahead": float((self.lead[i, :, -1] > 0).double().mean()),
                     "commonest": self.text(token),
                     "commonest_share": count / self.task.n,
                 }
@@ -142,7 +147,7 @@ def _hook_name(stage: str) -> str:
 def _read(
     model: HookedTransformer, resid: Float[Tensor, "stage prompt pos d_model"], sets: dict[str, Tensor], top: int
 ) -> dict[str, Tensor]:
-    """Likeliest tokens with their probabilities, and the probability of each set of tokens."""
+    """Likeliest tokens with their probabilities, the probability of each set of tokens, and the answer's lead."""
     shape, rows = resid.shape[:3], resid.flatten(0, 2)
     by_row = {
         name: tokens.to(rows.device)[None, :, None].expand(shape[0], -1, shape[2], -1).flatten(0, 2)
@@ -152,23 +157,28 @@ def _read(
     found: dict[str, list[Tensor]] = {}
     for first in range(0, len(rows), step):
         logits = model.unembed_normed(rows[first : first + step])
-        probabilities = (logits if logits.dtype == torch.float64 else logits.float()).softmax(-1)
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        probabilities = logits.softmax(-1)
         likeliest = probabilities.topk(top)
         found.setdefault("top_probabilities", []).append(likeliest.values)
         found.setdefault("top_tokens", []).append(likeliest.indices)
-        for name, tokens in by_row.items():
-            wanted = tokens[first : first + step]
-            each = probabilities.gather(1, wanted.clamp(min=0)).where(wanted >= 0, 0.0)
-            found.setdefault(name, []).append(each.sum(-1))
+        wanted = {name: tokens[first : first + step] for name, tokens in by_row.items()}
+        for name, tokens in wanted.items():
+            found.setdefault(name, []).append(_of_set(probabilities, tokens).sum(-1))
+        rival = wanted.get("newest", wanted["wrong"])
+        means = [_of_set(logits, tokens).sum(-1) / (tokens >= 0).sum(-1) for tokens in (wanted["answer"], rival)]
+        found.setdefault("lead", []).append(means[0] - means[1])
     return {name: torch.cat(parts).unflatten(0, shape).cpu() for name, parts in found.items()}
+
+
+def _of_set(values: Float[Tensor, "row d_vocab"], tokens: Int[Tensor, "row token"]) -> Float[Tensor, "row token"]:
+    return values.gather(1, tokens.clamp(min=0)).where(tokens >= 0, 0.0)
 
 
 def _positions(task: Task, positions: Positions) -> list[int]:
     if isinstance(positions, str):
         if positions not in ("last", "each"):
-            raise TaskError(
-                f"positions {positions!r} is not understood; expected 'last', 'each' or a list of positions"
-            )
+            raise TaskError(f"positions {positions!r} is not understood; expected 'last', 'each' or a list of them")
         return [task.pos - 1] if positions == "last" else list(range(task.pos))
     outside = [position for position in positions if not -task.pos <= position < task.pos]
     if outside or not positions:
