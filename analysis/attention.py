@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from subcircuit.analysis.measures import Measure, chance_threshold
+from subcircuit.analysis.measures import LEAST_SHARE, Measure, chance_threshold
 from subcircuit.analysis.tasks import Task
 from subcircuit.engine.errors import PromptError
 from subcircuit.engine.model import HookedTransformer
@@ -94,7 +94,7 @@ def repeated_token_measures(
     others = offsets[2 : length - 1]
     # Leaving one offset out of its own baseline, as the three are.
     rest = (others.sum(0) - others) / (len(others) - 1) if len(others) > 1 else torch.zeros_like(others)
-    threshold = chance_threshold(others - rest)
+    threshold = chance_threshold(others - rest, LEAST_SHARE)
     named = {
         "previous token": (1, "to the token before"),
         "duplicate token": (length, "to the same token before"),
@@ -141,10 +141,11 @@ class AttentionLookups:
 
 def attention_lookups(model: HookedTransformer, task: Task) -> AttentionLookups:
     """Where the heads attend on a task's clean prompts, by classes of positions."""
-    return _lookups(task, mean_attention(model, task.clean)[0])
+    return lookups_of(task, mean_attention(model, task.clean)[0])
 
 
-def _lookups(task: Task, pattern: Pattern) -> AttentionLookups:
+def lookups_of(task: Task, pattern: Pattern) -> AttentionLookups:
+    """The look-ups of a task in the mean pattern of its prompts."""
     classes = position_classes(task)
     member_of = torch.zeros(len(classes), task.pos, dtype=torch.float64)
     for row, positions in enumerate(classes.values()):

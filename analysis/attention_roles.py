@@ -26,7 +26,7 @@ from subcircuit.analysis.attention import (
     random_tokens,
     same_token_cells,
 )
-from subcircuit.analysis.measures import Measure, chance_threshold
+from subcircuit.analysis.measures import LEAST_SHARE, Measure, chance_threshold
 from subcircuit.analysis.tasks import Task
 from subcircuit.engine.model import HookedTransformer
 
@@ -85,7 +85,7 @@ def task_attention_measures(
 
     def add(name: str, what: str, score: Float[Tensor, "layer head"], cells: Cells, null: list[Cells]) -> None:
         if null:
-            threshold = chance_threshold(_weighed(torch.stack(null), pattern - by_position))
+            threshold = chance_threshold(_weighed(torch.stack(null), pattern - by_position), LEAST_SHARE)
             measures[name] = Measure(name, score, _weighed(cells, by_position), threshold, what)
 
     for name, (what, cells_of, keys) in _sequence_roles(task).items():

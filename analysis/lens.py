@@ -49,7 +49,7 @@ class Lens:
 
     @property
     def rival(self) -> Float[Tensor, "stage prompt pos"]:
-        """Probability of what the answer has to overtake: the newest member, or the wrong answer where there is none."""
+        """Probability of what the answer has to overtake: the newest member, or else the wrong answer."""
         return self.wrong if self.newest is None else self.newest
 
     def takeover(self) -> Int[Tensor, " prompt"]:

@@ -41,10 +41,15 @@ class Measure:
         return -self.excess > self.threshold
 
 
-def chance_threshold(null: Float[Tensor, "draw layer head"]) -> float:
+LEAST_SHARE = 0.1
+"""Of attention, or of tokens: what is less is not called a role, however unlikely it is by chance."""
+
+
+def chance_threshold(null: Float[Tensor, "draw layer head"], least: float = 0.0) -> float:
     """The excess that one head of the model would be expected to pass by chance: the quantile 1 − 1/n_heads of a null.
 
-    null: excesses of all heads for classes that mean nothing. Never below 0.
+    null: excesses of all heads for classes that mean nothing; infinite where there are none.
+    least: what the threshold is at least.
     """
     values = null.detach().double().flatten()
     values = values[values.isfinite()].sort().values
@@ -52,7 +57,7 @@ def chance_threshold(null: Float[Tensor, "draw layer head"]) -> float:
         return float("inf")
     n_heads = null.shape[-1] * null.shape[-2]
     rank = min(len(values) - 1, int(len(values) * (1 - 1 / n_heads)))
-    return max(0.0, float(values[rank]))
+    return max(least, float(values[rank]))
 
 
 def top_heads(score: Float[Tensor, "layer head"], k: int = 10) -> list[tuple[int, int, float]]:

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from subcircuit.analysis.measures import Measure, chance_threshold
+from subcircuit.analysis.measures import LEAST_SHARE, Measure, chance_threshold
 from subcircuit.analysis.tasks import Task
 from subcircuit.engine.blocks import Block
 from subcircuit.engine.errors import TaskError
@@ -70,7 +70,7 @@ class OVScores:
         side = "bottom" if suppressed else "top"
         what = f"what the head writes for a token has {_meant(shift)} among its {side} {top}"
         score = self.hits(shift, top, suppressed=suppressed)
-        return Measure(name, score, baseline, chance_threshold(null), what)
+        return Measure(name, score, baseline, chance_threshold(null, LEAST_SHARE), what)
 
     @property
     def shifts(self) -> range:
@@ -153,7 +153,10 @@ def _ranks(
     for first in range(0, len(rows), step):
         logits = model.unembed_normed(rows[first : first + step])
         wanted = logits.gather(1, targets[first : first + step])
-        found.append(torch.stack([(logits > column[:, None]).sum(1) for column in wanted.unbind(1)], 1))
+        # Counted in float32, which is exact below 2²⁴ and five times as fast as a sum of booleans.
+        higher = torch.empty(logits.shape, dtype=torch.float32, device=logits.device)
+        counts = [torch.gt(logits, column[:, None], out=higher).sum(1) for column in wanted.unbind(1)]
+        found.append(torch.stack(counts, 1))
     return torch.cat(found).reshape(n_heads, n_prompts, n_sources, -1).int().cpu()
 
 
