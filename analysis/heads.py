@@ -233,7 +233,7 @@ def _ov_measures(ov: OVScores) -> dict[str, Measure]:
 
 
 def shared_roles(found: Mapping[str, HeadRoles]) -> list[dict[str, Any]]:
-    """Heads that have the same role in several tasks: a row per head and role with the tasks, those of most tasks first.
+    """Heads that have the same role in several tasks: a row per head and role with the tasks, most tasks first.
 
     found: what `head_roles` gave for each task, by the task's name. Roles that no task decides are left out.
     """

@@ -373,12 +373,12 @@ class _ModelStudy:
         """What the unpatched model makes of a task. Raises TaskError when it does not prefer the answers."""
         n_rows = max(1, LOGIT_BYTES // (task.pos * self.model.config.d_vocab * 4))
         rows = torch.cat([self.model(task.clean[i : i + n_rows])[:, -1].float() for i in range(0, task.n, n_rows)])
-        full = float(logit_difference(rows, task.answer, task.wrong).mean())
+        full = float(logit_difference(rows, *task.answer_sets).mean())
         if full <= 0:
             raise TaskError(
                 f"task {task.name!r}: the model does not prefer the answers (mean logit difference {full:.3f})"
             )
-        correct = is_top(rows, task.answer)
+        correct = is_top(rows, task.answer_sets[0])
         top = rows[:N_EXAMPLES].softmax(-1).topk(min(N_TOP, rows.shape[-1]))
         examples = [
             {

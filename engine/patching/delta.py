@@ -34,7 +34,14 @@ from subcircuit.engine.model import HookedTransformer
 from subcircuit.engine.patching.compile import HookPatch, compile_masks, hook_patches, patched
 from subcircuit.engine.patching.plan import Start
 from subcircuit.engine.patching.sites import PatchSet
-from subcircuit.engine.patching.sources import AlignedPrompts, PromptChunk, Sources, activations
+from subcircuit.engine.patching.sources import (
+    AlignedPrompts,
+    PromptChunk,
+    Sources,
+    activations,
+    mean_over_set,
+    token_sets,
+)
 from subcircuit.engine.rope import rope_frequencies, rope_tables
 from subcircuit.kernels.activation_delta import activation_delta
 from subcircuit.kernels.attention_delta import attention_delta, replace_heads
@@ -131,8 +138,9 @@ class DeltaRun:
             self._rotation = rope_tables(rope_frequencies(self.config), positions, model.dtype)
         self._run_clean()
         unembed = model.unembed_weight
-        answer, wrong = (tokens[chunk].to(model.device) for tokens in (prompts.answer, prompts.wrong))
-        self.direction = unembed[answer] - unembed[wrong]
+        answers, wrongs = (tokens[chunk].to(model.device) for tokens in token_sets(prompts))
+        right, wrong = (mean_over_set(unembed[tokens.clamp(min=0)], tokens) for tokens in (answers, wrongs))
+        self.direction = right - wrong
         self._base: PatchSet = ()
         self._base_first = 0
         self._base_deltas: list[Split] = []

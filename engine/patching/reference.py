@@ -10,7 +10,7 @@ from torch import Tensor
 
 from subcircuit.engine.model import HookedTransformer
 from subcircuit.engine.patching.sites import Patch, PatchSet, Source
-from subcircuit.engine.patching.sources import AlignedPrompts, PromptChunk, Sources
+from subcircuit.engine.patching.sources import AlignedPrompts, PromptChunk, Sources, mean_over_set, token_sets
 
 Progress = Callable[[int, int], None]
 """Called with (rows done, rows in all)."""
@@ -53,8 +53,9 @@ def patched_metric(
 
 def _logit_difference(logits: Tensor, prompts: AlignedPrompts, chunk: PromptChunk) -> Float[Tensor, "prompt"]:
     last = logits[:, -1]
-    answer, wrong = (tokens[chunk, None].to(last.device) for tokens in (prompts.answer, prompts.wrong))
-    return (last.gather(1, answer) - last.gather(1, wrong))[:, 0]
+    answers, wrongs = (tokens[chunk].to(last.device) for tokens in token_sets(prompts))
+    right, wrong = (mean_over_set(last.gather(1, tokens.clamp(min=0)), tokens) for tokens in (answers, wrongs))
+    return right - wrong
 
 
 def _replace(

@@ -50,7 +50,8 @@ class Effects:
     """What patch sets did to the metric of each prompt."""
 
     effects: Float[Tensor, "set prompt"]
-    """metric(patched row) − metric(clean run of that prompt): logit(answer) − logit(wrong) at the last position."""
+    """metric(patched row) − metric(clean run of that prompt): logit(answer) − logit(wrong) at the last position,
+    means over the tokens where a prompt has several."""
     clean_metric: Float[Tensor, "prompt"]
     n_precise: int = 0
     """Rows whose δ was too large for products in bfloat16, and which were computed in float32 instead."""

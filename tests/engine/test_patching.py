@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -157,6 +158,30 @@ def test_positions_before_the_first_difference_are_not_computed(case, monkeypatc
     patch_effects(model, prompts, ["a0.h0"])
     assert max(seen) == 9 - 3
     assert seen[-1] == 1  # the last layer's MLP: only the position that is read
+
+
+@pytest.mark.parametrize("executor", ["torch", "reference"])
+def test_prompts_with_several_answers_compare_mean_logits(case, executor):
+    model, prompts = case
+    answers = torch.tensor([[1, 2, 3], [4, -1, -1], [5, 6, -1], [7, 8, 9], [10, 11, -1]])
+    wrongs = torch.tensor([[12, -1], [13, 14], [15, -1], [16, 17], [18, 19]])
+    sets = SimpleNamespace(**vars(prompts), answers=answers, wrongs=wrongs)
+    result = patch_effects(model, sets, ["a1.h1"], source="zero", executor=executor, precision="fp64")
+
+    def metric(logits):
+        rows = zip(logits[:, -1], answers, wrongs, strict=True)
+        return torch.stack([row[a[a >= 0]].mean() - row[w[w >= 0]].mean() for row, a, w in rows])
+
+    def without_head(value, name):
+        value = value.clone()
+        value[:, :, 1] = 0
+        return value
+
+    double = model.double()
+    clean = metric(double(prompts.clean))
+    patched = metric(double.run_with_hooks(prompts.clean, [("blocks.1.attn.hook_z", without_head)]))
+    assert relative_error(result.clean_metric, clean) < 1e-12
+    assert relative_error(result.effects[0], patched - clean) < 1e-11
 
 
 def test_progress_counts_every_row(case):
