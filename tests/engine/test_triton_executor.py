@@ -17,7 +17,9 @@ from subcircuit.kernels.backend import triton_runs_on
 
 SEED = random.randrange(10**6)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-TOLERANCE = {"fp32": 1e-4, "bf16": 1e-2}
+TOLERANCE = {"fp32": 1e-4, "bf16": 3e-2}
+"""In bfloat16 wider than the 1e-2 that hold over many rows (test_patching.py): here a few effects make up the whole
+norm, and one that nearly cancels has a larger error."""
 
 pytestmark = pytest.mark.skipif(
     not triton_runs_on(DEVICE), reason="Triton is not installed, or has neither a GPU nor its interpreter"
