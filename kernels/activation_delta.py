@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from subcircuit.kernels import native
-from subcircuit.kernels.backend import Backend, tl, triton
+from subcircuit.kernels.backend import Backend, tl, triton, with_columns
 
 Activation = Literal["gelu_new", "gelu", "silu", "relu"]
 
@@ -120,8 +120,8 @@ def _launch(
     delta_linear: Tensor | None,
 ) -> Tensor:
     n_sets, n_prompts, n_pos, d_mlp = delta_pre.shape
-    clean = [_with_columns(x) for x in (clean_pre, clean_linear, clean_post)]
-    deltas = [_with_columns(x) for x in (delta_pre, delta_linear)]
+    clean = [with_columns(x) for x in (clean_pre, clean_linear, clean_post)]
+    deltas = [with_columns(x) for x in (delta_pre, delta_linear)]
     out = torch.empty(delta_pre.shape, dtype=out_dtype, device=delta_pre.device)
     activation_delta_kernel[(n_sets * n_prompts * n_pos, triton.cdiv(d_mlp, BLOCK))](
         *clean, *deltas, out,
@@ -130,8 +130,3 @@ def _launch(
         n_prompts, n_pos, d_mlp, ACTIVATION=activation, BLOCK=BLOCK, num_warps=4,
     )  # fmt: skip
     return out
-
-
-def _with_columns(x: Tensor | None) -> Tensor | None:
-    """x with the columns of a token side by side."""
-    return x if x is None or x.stride(-1) == 1 else x.contiguous()

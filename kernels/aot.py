@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from subcircuit.kernels import activation_delta, attention_delta_triton, head_fanout, norm_delta, readout
-from subcircuit.kernels.backend import TRITON_VERSION, block_size, interpreted, triton
+from subcircuit.kernels.backend import TRITON_VERSION, block_size, float32_dot, interpreted, triton
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Chip:
     warps: int
     """Warps at once."""
     registers: int
-    """32-bit registers for each thread slot of all schedulers together."""
+    """32-bit registers of all its threads together."""
     register_step: int
     """Registers per thread are given out in multiples of this."""
     shared_bytes: int
@@ -115,7 +115,7 @@ def _fanout_cases(target: str, quick: bool) -> Iterator[Case]:
     for config in head_fanout.CONFIGS:
         for dtype in ("fp32",) if quick else ("fp32", "bf16"):
             types = {"source": "*fp32", "heads": "*i64", "weight": f"*{dtype}", "out": f"*{dtype}"}
-            constants = {"D_HEAD": 64, "CHUNK": head_fanout.CHUNK, "PRECISION": _precision(target)}
+            constants = {"D_HEAD": 64, "CHUNK": head_fanout.CHUNK, "PRECISION": float32_dot(_is_amd(target))}
             constants |= {"INTERPRETED": False, **config.kwargs}
             name = f"head_fanout, {_described(config)}, {dtype}"
             yield Case(name, kernel, types, constants, counts, config.num_warps, config.num_stages)
@@ -140,7 +140,7 @@ def _attention_cases(target: str, quick: bool) -> Iterator[Case]:
                         "BLOCK_H": half,
                         "CHUNK": module.chunk(half),
                     }
-                    constants |= {"BLOCK_M": rows, "PRECISION": _precision(target), **config.kwargs}
+                    constants |= {"BLOCK_M": rows, "PRECISION": float32_dot(_is_amd(target)), **config.kwargs}
                     if not rotary:
                         constants |= dict.fromkeys(["cos", "sin"])
                     what = f"{d_head} wide{', rotary' if rotary else ''}, {rows} rows, {_described(config)}, {dtype}"
@@ -156,8 +156,8 @@ def _attention_cases(target: str, quick: bool) -> Iterator[Case]:
                     )
 
 
-def _precision(target: str) -> str:
-    return "ieee" if target.startswith("gfx") else "bf16x6"
+def _is_amd(target: str) -> bool:
+    return target.startswith("gfx")
 
 
 def _described(config: Any) -> str:
@@ -170,7 +170,7 @@ def compile_case(case: Case, target: str) -> Compiled:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    amd, chip = target.startswith("gfx"), CHIPS[target]
+    amd, chip = _is_amd(target), CHIPS[target]
     types = case.types | dict.fromkeys(case.constants, "constexpr")
     signature = {name: types.get(name, "i32") for name in case.kernel.arg_names}
     aligned = {

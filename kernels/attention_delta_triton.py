@@ -30,7 +30,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from subcircuit.kernels.backend import float32_dot, interpreted, tl, triton
+from subcircuit.kernels.backend import float32_dot, interpreted, tl, triton, with_columns
 from subcircuit.kernels.rotary import Rotation
 
 RESIDENT = 64
@@ -249,15 +249,15 @@ def launch(
     """`attention_delta` by the kernel, for operands of up to float32 and a patch of no more sets than δ has."""
     n_prompts, n_q, n_heads, d_head = clean_q.shape
     n_k, n_kv = clean_k.shape[1:3]
-    deltas = [_with_rows(delta) for delta in (delta_q, delta_k, delta_v)]
+    deltas = [with_columns(delta) for delta in (delta_q, delta_k, delta_v)]
     n_sets = max(delta.shape[0] for delta in deltas if delta is not None)
     n_new = next((delta.shape[2] for delta in deltas[1:] if delta is not None), n_q)
-    clean = [_with_rows(x) for x in (clean_q, clean_k, clean_v, clean_z)]
+    clean = [with_columns(x) for x in (clean_q, clean_k, clean_v, clean_z)]
     cos, sin = (None, None) if rotation is None else (table.contiguous() for table in rotation)
     mask = source = None
     patch_strides: tuple[int, ...] = (0,) * 6
     if patch is not None:
-        mask, source = patch[0].expand(n_sets, n_q, n_heads), _with_rows(patch[1])
+        mask, source = patch[0].expand(n_sets, n_q, n_heads), with_columns(patch[1])
         patch_strides = *mask.stride(), *source.expand(clean_q.shape).stride()[:3]
     out = clean_q.new_empty(n_sets, n_prompts, n_q, n_heads, d_head, dtype=out_dtype)
     group, half = n_heads // n_kv, block_half(d_head)
@@ -273,11 +273,6 @@ def launch(
         PRECISION=float32_dot(),
     )  # fmt: skip
     return out
-
-
-def _with_rows(x: Tensor | None) -> Any:
-    """x as the kernel reads it: any strides, but a row's columns side by side."""
-    return x if x is None or x.stride(-1) == 1 else x.contiguous()
 
 
 def _row_strides(delta: Tensor | None, n_sets: int) -> tuple[int, ...]:

@@ -10,7 +10,17 @@ from typing import Any, Literal
 
 import torch
 
-__all__ = ["TRITON_VERSION", "Backend", "block_size", "float32_dot", "interpreted", "tl", "triton", "triton_runs_on"]
+__all__ = [
+    "TRITON_VERSION",
+    "Backend",
+    "block_size",
+    "float32_dot",
+    "interpreted",
+    "tl",
+    "triton",
+    "triton_runs_on",
+    "with_columns",
+]
 
 Backend = Literal["torch", "native", "triton"]
 """Plain torch; the C kernels of `native` where they apply, else torch; Triton."""
@@ -46,20 +56,25 @@ def triton_runs_on(device: torch.device | str) -> bool:
     return TRITON_VERSION is not None and (torch.device(device).type == "cuda" or interpreted())
 
 
+def with_columns(x: Any) -> Any:
+    """x as kernels read it, None if it is None: any strides, but what a row holds side by side."""
+    return x if x is None or x.stride(-1) == 1 else x.contiguous()
+
+
 def block_size(n: int) -> tuple[int, int]:
     """Block and warps of a kernel that takes n columns at once: 8 columns per thread, 16 of the widest."""
     block = max(32, 1 << (n - 1).bit_length())
     return block, min(16, max(1, block // 256))
 
 
-def float32_dot() -> str:
-    """The `input_precision` with which `tl.dot` of float32 operands has float32's accuracy.
+def float32_dot(amd: bool = torch.version.hip is not None) -> str:
+    """The `input_precision` with which `tl.dot` of float32 operands has float32's accuracy, on AMD or on NVIDIA.
 
     On AMD, and in the interpreter, float32 itself. NVIDIA's tensor cores have no float32, and without them a product
     spills its registers: there each operand is split into three bfloat16 (24 bits of mantissa) and six products of
     the parts are summed. Three products of two TF32 parts (`tf32x3`) lose two bits.
     """
-    if interpreted() or torch.version.hip is not None:
+    if interpreted() or amd:
         return "ieee"
     from triton.backends.nvidia.compiler import CUDAOptions
 

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from subcircuit.kernels.backend import Backend, float32_dot, interpreted, tl, triton
+from subcircuit.kernels.backend import Backend, float32_dot, interpreted, tl, triton, with_columns
 
 
 def head_fanout(
@@ -76,7 +76,7 @@ def head_fanout_kernel(
 
 
 def _launch(source_delta: Tensor, heads: Tensor, w_o: Tensor, out_dtype: torch.dtype) -> Tensor:
-    source_delta, w_o = (x if x.stride(-1) == 1 else x.contiguous() for x in (source_delta, w_o))
+    source_delta, w_o = (with_columns(x) for x in (source_delta, w_o))
     n_prompts, n_pos, _, d_head = source_delta.shape
     n_tokens, d_model = n_prompts * n_pos, w_o.shape[0]
     out = torch.empty(len(heads), n_prompts, n_pos, d_model, dtype=out_dtype, device=w_o.device)

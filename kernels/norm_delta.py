@@ -24,7 +24,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from subcircuit.kernels import native
-from subcircuit.kernels.backend import Backend, block_size, tl, triton
+from subcircuit.kernels.backend import Backend, block_size, tl, triton, with_columns
 
 
 def norm_delta(
@@ -118,14 +118,12 @@ def _launch(
     eps: float,
     out_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    clean, delta = (x if x.stride(-1) == 1 else x.contiguous() for x in (clean, delta))
+    clean, delta, product = (with_columns(x) for x in (clean, delta, product))
     n_sets = delta.shape[0] if product is None else max(delta.shape[0], product.shape[0])
     shape = (n_sets, *clean.shape)
     n_prompts, n_pos, d = clean.shape
     total = delta if product is None else delta.new_empty(shape)
     out = torch.empty(shape, dtype=out_dtype, device=clean.device)
-    if product is not None and product.stride(-1) != 1:
-        product = product.contiguous()
     product_strides = (0, 0, 0) if product is None else product.expand(shape).stride()[:3]
     block, n_warps = block_size(d)
     norm_delta_kernel[(n_sets * n_prompts * n_pos,)](

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from subcircuit.kernels.backend import Backend, block_size, tl, triton
+from subcircuit.kernels.backend import Backend, block_size, tl, triton, with_columns
 from subcircuit.kernels.norm_delta import change_of_norm, norm_delta_reference
 
 
@@ -55,7 +55,7 @@ def readout_kernel(
 def _launch(
     clean: Tensor, delta: Tensor, weight: Tensor, layer_norm: bool, eps: float, direction: Tensor
 ) -> Float[Tensor, "set prompt"]:
-    clean, delta, direction = (x if x.stride(-1) == 1 else x.contiguous() for x in (clean, delta, direction))
+    clean, delta, direction = (with_columns(x) for x in (clean, delta, direction))
     n_sets, n_prompts, d = delta.shape
     out = torch.empty(n_sets, n_prompts, dtype=torch.float32, device=delta.device)
     block, n_warps = block_size(d)
