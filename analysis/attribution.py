@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from subcircuit.analysis.measures import Measure, chance_threshold, top_heads
@@ -14,6 +14,7 @@ from subcircuit.analysis.metrics import logit_difference
 from subcircuit.analysis.tasks import Task
 from subcircuit.engine.blocks import Block
 from subcircuit.engine.model import HookedTransformer
+from subcircuit.engine.patching.answers import answer_directions
 
 ROWS_AT_ONCE = 8
 N_SHUFFLES = 50
@@ -77,7 +78,7 @@ class Attribution:
 @torch.no_grad()
 def attribution(model: HookedTransformer, task: Task, *, seed: int = 0) -> Attribution:
     """Direct logit attribution on a task's clean prompts. `seed` decides how answers are dealt for the threshold."""
-    directions = _directions(model, task)
+    directions = answer_directions(model.unembed_weight, *task.answer_sets)
     parts = [_batch(model, task, directions, slice(i, i + ROWS_AT_ONCE)) for i in range(0, task.n, ROWS_AT_ONCE)]
     terms = {name: torch.cat([part[name] for part in parts], -1) for name in parts[0] if name != "crossed"}
     crossed = torch.cat([part["crossed"] for part in parts], -2)
@@ -126,18 +127,6 @@ def _layer_terms(
         "neurons": (last[f"{name}.mlp.hook_post"] * (towards @ block.mlp.w_out.weight)).T,
         "mlp_bias": _of_bias(block.mlp.w_out.bias, towards),
     }
-
-
-def _directions(model: HookedTransformer, task: Task) -> Float[Tensor, "prompt d_model"]:
-    """Along which the normed residual stream is the logit difference: mean column of answers minus that of wrongs."""
-    answers, wrongs = (_mean_column(model.unembed_weight, tokens) for tokens in task.answer_sets)
-    return answers - wrongs
-
-
-def _mean_column(weight: Float[Tensor, "d_vocab d_model"], tokens: Int[Tensor, "prompt token"]) -> Tensor:
-    tokens = tokens.to(weight.device)
-    counts = (tokens >= 0).to(weight.dtype)[..., None]
-    return (weight[tokens.clamp(min=0)] * counts).sum(1) / counts.sum(1)
 
 
 def _of_bias(bias: Tensor | None, directions: Float[Tensor, "prompt d_model"]) -> Float[Tensor, " prompt"]:

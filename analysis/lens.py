@@ -11,9 +11,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from subcircuit.analysis.metrics import sum_at
 from subcircuit.analysis.tasks import Task
 from subcircuit.engine.errors import TaskError
 from subcircuit.engine.model import HookedTransformer
+from subcircuit.engine.patching.answers import mean_at
 from subcircuit.engine.tokenizer import Tokenizer
 
 ROWS_AT_ONCE = 8
@@ -164,15 +166,10 @@ def _read(
         found.setdefault("top_tokens", []).append(likeliest.indices)
         wanted = {name: tokens[first : first + step] for name, tokens in by_row.items()}
         for name, tokens in wanted.items():
-            found.setdefault(name, []).append(_of_set(probabilities, tokens).sum(-1))
+            found.setdefault(name, []).append(sum_at(probabilities, tokens))
         rival = wanted.get("newest", wanted["wrong"])
-        means = [_of_set(logits, tokens).sum(-1) / (tokens >= 0).sum(-1) for tokens in (wanted["answer"], rival)]
-        found.setdefault("lead", []).append(means[0] - means[1])
+        found.setdefault("lead", []).append(mean_at(logits, wanted["answer"]) - mean_at(logits, rival))
     return {name: torch.cat(parts).unflatten(0, shape).cpu() for name, parts in found.items()}
-
-
-def _of_set(values: Float[Tensor, "row d_vocab"], tokens: Int[Tensor, "row token"]) -> Float[Tensor, "row token"]:
-    return values.gather(1, tokens.clamp(min=0)).where(tokens >= 0, 0.0)
 
 
 def _positions(task: Task, positions: Positions) -> list[int]:

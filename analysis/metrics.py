@@ -9,9 +9,16 @@ with −1.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+from subcircuit.engine.patching.answers import mean_at
+
+ROWS_AT_ONCE = 16
+"""Prompts whose logits at all positions are in memory together."""
 
 Tokens = Int[Tensor, " prompt"] | Int[Tensor, "prompt token"]
 Logits = Float[Tensor, "prompt d_vocab"] | Float[Tensor, "prompt pos d_vocab"]
@@ -23,18 +30,18 @@ def logit_difference(logits: Logits, answer: Tokens, wrong: Tokens) -> Float[Ten
     Of sets, mean logit(answers) − mean logit(wrongs): how many times likelier in the geometric mean.
     """
     last = last_logits(logits)
-    return _at(last, answer) - _at(last, wrong)
+    return mean_at(last, _columns(answer)) - mean_at(last, _columns(wrong))
 
 
 def probability_difference(logits: Logits, answers: Tokens, wrongs: Tokens) -> Float[Tensor, " prompt"]:
     """Σ P(answers) − Σ P(wrongs), −1 to 1 (Hanna et al. 2023, arXiv 2305.00586, section 2)."""
     probabilities = last_logits(logits).softmax(-1)
-    return _sum_at(probabilities, answers) - _sum_at(probabilities, wrongs)
+    return sum_at(probabilities, answers) - sum_at(probabilities, wrongs)
 
 
 def log_probability(logits: Logits, answer: Int[Tensor, " prompt"]) -> Float[Tensor, " prompt"]:
     """log P(answer), in nats."""
-    return _at(last_logits(logits).log_softmax(-1), answer)
+    return mean_at(last_logits(logits).log_softmax(-1), _columns(answer))
 
 
 def kl_divergence(logits: Logits, reference: Logits) -> Float[Tensor, " prompt"]:
@@ -72,12 +79,16 @@ def last_logits(logits: Logits) -> Float[Tensor, "prompt d_vocab"]:
     return last if last.dtype == torch.float64 else last.float()
 
 
-def _at(values: Tensor, tokens: Tensor) -> Tensor:
-    """values at a prompt's token, or their mean over its tokens."""
-    return _sum_at(values, tokens) / (_columns(tokens) >= 0).sum(-1).to(values.device)
+@torch.no_grad()
+def final_logits(
+    model: Callable[[Tensor], Tensor], tokens: Int[Tensor, "prompt pos"]
+) -> Float[Tensor, "prompt d_vocab"]:
+    """What a model says after each prompt, in float32 on the CPU; run a few prompts at a time."""
+    return torch.cat([model(rows)[:, -1].float().cpu() for rows in tokens.split(ROWS_AT_ONCE)])
 
 
-def _sum_at(values: Tensor, tokens: Tensor) -> Tensor:
+def sum_at(values: Float[Tensor, "prompt d_vocab"], tokens: Tokens) -> Float[Tensor, " prompt"]:
+    """Sum of each prompt's values at its tokens."""
     columns = _columns(tokens).to(values.device)
     return values.gather(-1, columns.clamp(min=0)).where(columns >= 0, 0.0).sum(-1)
 

@@ -23,7 +23,7 @@ from subcircuit.analysis.circuit import Circuit, intersection, union
 from subcircuit.analysis.compare import cross_task_scores, jaccard_matrix
 from subcircuit.analysis.discover import Direction, discover
 from subcircuit.analysis.faithfulness import Ablation, node_drops, random_circuits
-from subcircuit.analysis.metrics import is_top, logit_difference
+from subcircuit.analysis.metrics import final_logits, is_top, logit_difference
 from subcircuit.analysis.report import write_report
 from subcircuit.analysis.store import RunDirectory
 from subcircuit.analysis.sweep import Scores, sweep
@@ -42,8 +42,6 @@ Progress = Callable[[str, int, int], None]
 N_EXAMPLES = 4
 N_TOP = 3
 """Tokens that an example shows of what the model expects."""
-LOGIT_BYTES = 2**28
-"""Prompts are run so many at a time that their logits take no more than this."""
 SMALL_MODEL = 10_000_000
 """Parameters up to which a model's tensors are too small to share between threads."""
 
@@ -368,11 +366,9 @@ class _ModelStudy:
             raise TaskError(reasons[0])
         self.directory.update_run(notes=list(dict.fromkeys([*reasons, *self.directory.run["notes"]])))
 
-    @torch.no_grad()
     def _clean_run(self, task: Task) -> dict[str, Any]:
         """What the unpatched model makes of a task. Raises TaskError when it does not prefer the answers."""
-        n_rows = max(1, LOGIT_BYTES // (task.pos * self.model.config.d_vocab * 4))
-        rows = torch.cat([self.model(task.clean[i : i + n_rows])[:, -1].float() for i in range(0, task.n, n_rows)])
+        rows = final_logits(self.model, task.clean)
         full = float(logit_difference(rows, *task.answer_sets).mean())
         if full <= 0:
             raise TaskError(

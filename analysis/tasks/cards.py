@@ -7,11 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
-from jaxtyping import Float
-from torch import Tensor
-
-from subcircuit.analysis.metrics import is_top, logit_difference, probability_difference
+from subcircuit.analysis.metrics import accuracy, final_logits, logit_difference, probability_difference
 from subcircuit.analysis.tasks.fitting import tokenizer_and_model
 from subcircuit.analysis.tasks.registry import about, task, task_names
 from subcircuit.analysis.tasks.values import About, Model, Task
@@ -23,8 +19,6 @@ N_LISTED = 6
 """Answers that a card spells out where there are many."""
 WIDTH = 118
 """Characters per line of a page."""
-ROWS_AT_ONCE = 8
-"""Prompts run together, whose logits are at all positions."""
 
 
 @dataclass(frozen=True)
@@ -96,20 +90,14 @@ def _example(made: Task, row: int, tokenizer: Tokenizer) -> dict[str, Any]:
 def _measured(made: Task, model: Model) -> dict[str, Any]:
     if made.corrupted is None:
         raise TaskError(f"task {made.name!r} has no corrupted prompts, which a card compares")
-    logits, corrupted = _last_logits(model, made.clean), _last_logits(model, made.corrupted)
+    logits, corrupted = final_logits(model, made.clean), final_logits(model, made.corrupted)
     answers, wrongs = made.answer_sets
     return {
-        "accuracy": float(is_top(logits, answers).float().mean()),
+        "accuracy": accuracy(logits, answers),
         "logit_difference": float(logit_difference(logits, answers, wrongs).mean()),
         "corrupted_logit_difference": float(logit_difference(corrupted, answers, wrongs).mean()),
         "probability_difference": float(probability_difference(logits, answers, wrongs).mean()),
     }
-
-
-@torch.no_grad()
-def _last_logits(model: Model, tokens: Tensor) -> Float[Tensor, "prompt d_vocab"]:
-    parts = [model(tokens[i : i + ROWS_AT_ONCE])[:, -1].float().cpu() for i in range(0, len(tokens), ROWS_AT_ONCE)]
-    return torch.cat(parts)
 
 
 def tasks_page(models: Mapping[str, Model], command: str, n: int = 32, seed: int = 0, names: Sequence[str] = ()) -> str:

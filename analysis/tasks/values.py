@@ -12,6 +12,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from subcircuit.engine.errors import TaskError
+from subcircuit.engine.patching.answers import token_sets
 from subcircuit.engine.tokenizer import Tokenizer
 
 
@@ -85,8 +86,7 @@ class Task:
         The logit difference of sets is mean logit(answers) − mean logit(wrongs): linear in the logits, as that of two
         tokens is, along the mean of the answers' unembedding columns minus the mean of the wrong ones'.
         """
-        answers = self.answer[:, None] if self.answers is None else self.answers
-        return answers, self.wrong[:, None] if self.wrongs is None else self.wrongs
+        return token_sets(self)
 
     @property
     def first_difference(self) -> int:

@@ -21,7 +21,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, cast
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -31,17 +31,11 @@ from torch.nn import Linear
 
 from subcircuit.engine.blocks import Block, Norm
 from subcircuit.engine.model import HookedTransformer
+from subcircuit.engine.patching.answers import answer_directions, token_sets
 from subcircuit.engine.patching.compile import HookPatch, compile_masks, hook_patches, patched
 from subcircuit.engine.patching.plan import Start
 from subcircuit.engine.patching.sites import PatchSet
-from subcircuit.engine.patching.sources import (
-    AlignedPrompts,
-    PromptChunk,
-    Sources,
-    activations,
-    mean_over_set,
-    token_sets,
-)
+from subcircuit.engine.patching.sources import AlignedPrompts, PromptChunk, Sources, activations
 from subcircuit.engine.rope import rope_frequencies, rope_tables
 from subcircuit.kernels.activation_delta import activation_delta
 from subcircuit.kernels.attention_delta import attention_delta, replace_heads
@@ -101,13 +95,28 @@ class CleanLayer:
     post: Float[Tensor, "prompt pos d_mlp"]
 
 
-class Departure(NamedTuple):
+@dataclass(frozen=True)
+class Departures:
     """How much each set changes the residual stream that enters (if patched) or leaves the first layer it touches."""
 
     size: Float[Tensor, "set"]
     """|δ| / |x|, root mean square over prompts and positions."""
     shrinkage: Float[Tensor, "set"]
     """|x| / |x + δ|, the largest over prompts and positions."""
+
+    @classmethod
+    def none(cls, n_sets: int, like: Tensor) -> Departures:
+        return cls(*like.new_zeros(2, n_sets))
+
+    def include(self, delta: Split, clean: Float[Tensor, "prompt pos d_model"]) -> None:
+        """Take in a δ to the clean residual stream; of several, the largest counts."""
+        joined = _joined(delta)
+        if joined is None:
+            return
+        clean = clean[:, -joined.shape[2] :]
+        before, moved, after = (torch.linalg.vector_norm(x, dim=-1) for x in (clean, joined, clean + joined))
+        torch.maximum(self.size, (moved / before).square().mean((1, 2)).sqrt(), out=self.size)
+        torch.maximum(self.shrinkage, (before / after).amax((1, 2)), out=self.shrinkage)
 
 
 class DeltaRun:
@@ -137,10 +146,7 @@ class DeltaRun:
             positions = torch.arange(self.n_pos, device=model.device)
             self._rotation = rope_tables(rope_frequencies(self.config), positions, model.dtype)
         self._run_clean()
-        unembed = model.unembed_weight
-        answers, wrongs = (tokens[chunk].to(model.device) for tokens in token_sets(prompts))
-        right, wrong = (mean_over_set(unembed[tokens.clamp(min=0)], tokens) for tokens in (answers, wrongs))
-        self.direction = right - wrong
+        self.direction = answer_directions(model.unembed_weight, *(tokens[chunk] for tokens in token_sets(prompts)))
         self._base: PatchSet = ()
         self._base_first = 0
         self._base_deltas: list[Split] = []
@@ -209,25 +215,27 @@ class DeltaRun:
                 self._base_deltas.append(self._block(below, self._base_deltas[below], patches, self._base_first))
         return self._base_deltas[layer]
 
-    def effects(self, patch_sets: Sequence[PatchSet], start: Start) -> tuple[Float[Tensor, "set prompt"], Departure]:
-        """Effects of patch sets (on top of the base) that all start at `start`, and how much they depart there."""
+    def effects(
+        self, patch_sets: Sequence[PatchSet], start: Start, departures: Departures | None = None
+    ) -> Float[Tensor, "set prompt"]:
+        """Effects of patch sets (on top of the base) that all start at `start`; `departures` takes how much they depart
+        there, if given."""
         first = min(start.first, self._base_first) if self._base else start.first
         patches = self._patches([(*self._base, *patch_set) for patch_set in patch_sets], first, start.layer)
         delta = self._base_delta(start.layer)
-        entering = self._patched_resid(start.layer, delta, patches)
-        departure = self._departure(entering, start.layer, len(patch_sets))
+        if departures is not None:
+            departures.include(self._patched_resid(start.layer, delta, patches), self._clean_entering(start.layer))
         for layer in range(start.layer, self.config.n_layers):
             delta = self._block(layer, delta, patches, first)
-            if layer == start.layer:
-                after = self._departure(delta, layer + 1, len(patch_sets))
-                departure = Departure(*map(torch.maximum, departure, after))
+            if departures is not None and layer == start.layer:
+                departures.include(delta, self._clean_entering(layer + 1))
         final = _joined((_last(delta[0]), _last(delta[1])))
         if final is None:
-            return self.final.new_zeros(len(patch_sets), self.n_prompts), departure
+            return self.final.new_zeros(len(patch_sets), self.n_prompts)
         norm = self.model.ln_final
         inputs = self.final, self.final_normed, final, norm.weight, norm.bias, norm.eps, self.direction
         effects = readout(*inputs, backend=self.backend)
-        return effects.expand(len(patch_sets), -1), departure
+        return effects.expand(len(patch_sets), -1)
 
     def with_weights(self, weights: Callable[[int], LayerWeights], product_dtype: torch.dtype) -> DeltaRun:
         """The same clean run with the products in another precision, and no base."""
@@ -236,15 +244,9 @@ class DeltaRun:
         other._base, other._base_deltas = (), []
         return other
 
-    def _departure(self, delta: Split, layer: int, n_sets: int) -> Departure:
-        joined = _joined(delta)
-        if joined is None:
-            return Departure(*self.final.new_zeros(2, n_sets))
-        clean = self.clean[layer].resid_pre if layer < self.config.n_layers else self.final[:, None]
-        clean = clean[:, -joined.shape[2] :]
-        before, moved, after = (torch.linalg.vector_norm(x, dim=-1) for x in (clean, joined, clean + joined))
-        size, shrinkage = (moved / before).square().mean((1, 2)).sqrt(), (before / after).amax((1, 2))
-        return Departure(size.expand(n_sets), shrinkage.expand(n_sets))
+    def _clean_entering(self, layer: int) -> Float[Tensor, "prompt pos d_model"]:
+        """The clean residual stream entering a layer; above the last one, where it is read."""
+        return self.clean[layer].resid_pre if layer < self.config.n_layers else self.final[:, None]
 
     def _patches(self, patch_sets: Sequence[PatchSet], first: int, from_layer: int) -> Patches:
         masks = compile_masks(patch_sets, self.config, self.n_pos, first, self.sources, from_layer)

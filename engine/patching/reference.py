@@ -9,8 +9,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from subcircuit.engine.model import HookedTransformer
+from subcircuit.engine.patching.answers import mean_at, token_sets
 from subcircuit.engine.patching.sites import Patch, PatchSet, Source
-from subcircuit.engine.patching.sources import AlignedPrompts, PromptChunk, Sources, mean_over_set, token_sets
+from subcircuit.engine.patching.sources import AlignedPrompts, PromptChunk, Sources
 
 Progress = Callable[[int, int], None]
 """Called with (rows done, rows in all)."""
@@ -53,9 +54,8 @@ def patched_metric(
 
 def _logit_difference(logits: Tensor, prompts: AlignedPrompts, chunk: PromptChunk) -> Float[Tensor, "prompt"]:
     last = logits[:, -1]
-    answers, wrongs = (tokens[chunk].to(last.device) for tokens in token_sets(prompts))
-    right, wrong = (mean_over_set(last.gather(1, tokens.clamp(min=0)), tokens) for tokens in (answers, wrongs))
-    return right - wrong
+    answers, wrongs = (tokens[chunk] for tokens in token_sets(prompts))
+    return mean_at(last, answers) - mean_at(last, wrongs)
 
 
 def _replace(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, cast, get_args
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from subcircuit.engine.blocks import Block
 from subcircuit.engine.errors import PatchError
 from subcircuit.engine.model import HookedTransformer
-from subcircuit.engine.patching.delta import DeltaRun, LayerWeights
+from subcircuit.engine.patching.delta import DeltaRun, Departures, LayerWeights
 from subcircuit.engine.patching.plan import (
     TOKENS_PER_CHUNK,
     Start,
@@ -107,6 +107,10 @@ class DeltaSession:
         executor: DeltaExecutor = "torch",
     ) -> None:
         check_prompts(model, prompts)
+        if executor not in get_args(DeltaExecutor):
+            raise PatchError(
+                f"executor {executor!r} is not known; expected one of {', '.join(get_args(DeltaExecutor))}"
+            )
         if executor == "triton" and not triton_runs_on(model.device):
             raise PatchError(
                 f"executor 'triton' needs Triton and a GPU, and the model is on {model.device}; executor 'torch' runs "
@@ -158,46 +162,67 @@ class DeltaSession:
         effects = torch.zeros(len(sets), self.n_prompts, dtype=self.model.dtype, device=self.model.device)
         clean_metric = torch.empty(self.n_prompts, dtype=self.model.dtype, device=self.model.device)
         n_done, n_precise, n_full, n_rows = 0, 0, 0, len(sets) * self.n_prompts
+
+        def count(n_more: int) -> None:
+            nonlocal n_done
+            n_done += n_more
+            if progress is not None:
+                progress(n_done, n_rows)
+
+        check = not base and self._compute_dtype == torch.float32
         for prompts in self._chunks:
             run, first_different = self._run(prompts), int(self._firsts[prompts].min())
             clean_metric[prompts] = run.clean_metric
             run.set_base(base, self._first_position(base, first_different))
             starts = self._starts(sets, base, first_different)
-            sizes, shrinkages = torch.zeros(2, len(sets), dtype=self.model.dtype, device=self.model.device)
-            for chunk in plan_chunks(starts, run.n_prompts, self.n_pos, self._max_tokens):
-                chosen = torch.tensor(chunk.sets)
-                rows, departure = run.effects([sets[i] for i in chunk.sets], chunk.start)
-                effects[chosen[:, None], prompts] = rows
-                sizes[chosen], shrinkages[chosen] = departure
-                n_done += rows.numel()
-                if progress is not None:
-                    progress(n_done, n_rows)
-            if not base and self._compute_dtype == torch.float32:
-                shrunk = shrinkages > LARGE_SHRINKAGE
-                large = (sizes > LARGE_DELTA) & ~shrunk & (self._product_dtype != self._compute_dtype)
-                n_precise += run.n_prompts * self._repeat_precisely(run, sets, starts, large, effects)
-                n_full += run.n_prompts * self._repeat_fully(run, sets, shrunk, effects)
+            departures = Departures.none(len(sets), effects) if check else None
+            self._propagate(run, sets, starts, range(len(sets)), effects, departures, count)
+            if departures is not None:
+                precise, full = self._to_repeat(departures)
+                again = run.with_weights(self._precise_weights, self._compute_dtype)
+                self._propagate(again, sets, starts, precise, effects)
+                self._repeat_fully(run, sets, full, effects)
+                n_precise += len(precise) * run.n_prompts
+                n_full += len(full) * run.n_prompts
         return Effects(effects, clean_metric, n_precise, n_full)
 
-    def _repeat_precisely(
-        self, run: DeltaRun, sets: Sequence[PatchSet], starts: Sequence[Start], which: Tensor, effects: Tensor
-    ) -> int:
-        """Compute some sets once more, with products in the precision of the clean run. Returns how many."""
-        chosen = which.nonzero()[:, 0].tolist()
-        precise = run.with_weights(self._precise_weights, self._compute_dtype)
+    def _propagate(
+        self,
+        run: DeltaRun,
+        sets: Sequence[PatchSet],
+        starts: Sequence[Start],
+        chosen: Sequence[int],
+        effects: Float[Tensor, "set prompt"],
+        departures: Departures | None = None,
+        count: Callable[[int], None] | None = None,
+    ) -> None:
+        """Compute the chosen sets for one chunk of prompts, into their places among the effects and departures."""
         for chunk in plan_chunks([starts[i] for i in chosen], run.n_prompts, self.n_pos, self._max_tokens):
-            again = [chosen[i] for i in chunk.sets]
-            rows, _ = precise.effects([sets[i] for i in again], chunk.start)
-            effects[torch.tensor(again)[:, None], run.chunk] = rows
-        return len(chosen)
+            indices = [chosen[i] for i in chunk.sets]
+            at = torch.tensor(indices)
+            found = None if departures is None else Departures.none(len(indices), effects)
+            rows = run.effects([sets[i] for i in indices], chunk.start, found)
+            effects[at[:, None], run.chunk] = rows
+            if departures is not None and found is not None:
+                departures.size[at], departures.shrinkage[at] = found.size, found.shrinkage
+            if count is not None:
+                count(rows.numel())
 
-    def _repeat_fully(self, run: DeltaRun, sets: Sequence[PatchSet], which: Tensor, effects: Tensor) -> int:
-        """Compute some sets once more, as full forwards. Returns how many."""
-        chosen = which.nonzero()[:, 0].tolist()
+    def _to_repeat(self, departures: Departures) -> tuple[list[int], list[int]]:
+        """Sets to compute once more with products in the precision of the clean run, and as full forwards."""
+        size, shrinkage = torch.stack((departures.size, departures.shrinkage)).cpu()
+        full = shrinkage > LARGE_SHRINKAGE
+        precise = (size > LARGE_DELTA) & ~full
+        if self._product_dtype == self._compute_dtype:
+            precise[:] = False
+        return precise.nonzero()[:, 0].tolist(), full.nonzero()[:, 0].tolist()
+
+    def _repeat_fully(
+        self, run: DeltaRun, sets: Sequence[PatchSet], chosen: Sequence[int], effects: Float[Tensor, "set prompt"]
+    ) -> None:
         for i in chosen:
             metric = patched_metric(self.model, self.prompts, run.chunk, sets[i], self._sources)
             effects[i, run.chunk] = metric - run.clean_metric
-        return len(chosen)
 
     def _check(self, sets: Iterable[PatchSet], base: PatchSet) -> None:
         for patch_set in [*sets, base]:

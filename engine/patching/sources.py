@@ -30,26 +30,6 @@ class AlignedPrompts(Protocol):
     def wrong(self) -> Int[Tensor, "prompt"]: ...
 
 
-def token_sets(prompts: AlignedPrompts) -> tuple[Int[Tensor, "prompt answer"], Int[Tensor, "prompt wrong"]]:
-    """All right and all wrong tokens of each prompt, rows filled up with −1.
-
-    Prompts may have sets of them, `answers` and `wrongs`, beside the one `answer` and `wrong`; the metric then compares
-    the mean logits of the sets.
-    """
-    answers, wrongs = getattr(prompts, "answers", None), getattr(prompts, "wrongs", None)
-    return (
-        prompts.answer[:, None] if answers is None else answers,
-        prompts.wrong[:, None] if wrongs is None else wrongs,
-    )
-
-
-def mean_over_set(values: Float[Tensor, "prompt k *d"], tokens: Int[Tensor, "prompt k"]) -> Float[Tensor, "prompt *d"]:
-    """Mean over the tokens of each prompt's set, leaving out what fills up its row."""
-    there = (tokens >= 0).to(values.dtype)
-    weights = there / there.sum(1, keepdim=True)
-    return torch.einsum("pk,pk...->p...", weights, values)
-
-
 PromptChunk = Int[Tensor, "chunk"]
 """Prompts of the data set by index."""
 

@@ -221,6 +221,8 @@ def test_bad_options_and_unaligned_prompts_are_named(case):
         patch_effects(model, prompts, ["a0.h0"], source="median")
     with pytest.raises(PatchError, match="executor 'cuda' is not known"):
         patch_effects(model, prompts, ["a0.h0"], executor="cuda")
+    with pytest.raises(PatchError, match="executor 'cuda' is not known"):
+        DeltaSession(model, prompts, executor="cuda")
     with pytest.raises(PatchError, match="precision 'fp8' is not known"):
         patch_effects(model, prompts, ["a0.h0"], precision="fp8")
     with pytest.raises(PatchError, match="must be aligned"):
