@@ -1,0 +1,95 @@
+"""The logit lens and direct logit attribution against the activation cache's own, on fresh random models."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from patching_cases import CONFIGS, random_model
+from subcircuit.analysis.attribution import attribution
+from subcircuit.analysis.lens import lens
+from subcircuit.analysis.tasks import Task
+from subcircuit.engine.errors import TaskError
+
+SEED = random.randrange(10**6)
+
+
+@pytest.fixture(params=CONFIGS)
+def case(request):
+    """A model in float64 and a task of 11 prompts, more than are run at once, whose last members are at 2, 4 and 6."""
+    print(f"seed {SEED}")
+    generator = torch.Generator().manual_seed(SEED)
+    tokens = torch.randint(50, (11, 9), generator=generator)
+    answer = torch.randint(50, (11,), generator=generator)
+    task = Task("random", tokens, None, answer, (answer + 7) % 50, positions={"members": (2, 4, 6)})
+    return random_model(CONFIGS[request.param], SEED).double(), task
+
+
+def test_every_stage_reads_as_the_cache_does(case):
+    model, task = case
+    read = lens(model, task, top=4)
+    _, cache = model.run_with_cache(task.clean)
+    stages = [(layer, part) for layer in range(3) for part in ("mid", "post")]
+    residuals = [cache["resid_pre", 0], *(cache[f"resid_{part}", layer] for layer, part in stages)]
+    assert read.stages == ("0_pre", *(f"{layer}_{part}" for layer, part in stages))
+    rows = torch.arange(task.n)
+    for i, residual in enumerate(residuals):
+        logits = model.unembed_normed(residual[:, -1])
+        probabilities = logits.softmax(-1)
+        top = probabilities.topk(4)
+        torch.testing.assert_close(read.top_probabilities[i, :, 0], top.values)
+        torch.testing.assert_close(read.top_tokens[i, :, 0], top.indices)
+        torch.testing.assert_close(read.answer[i, :, 0], probabilities[rows, task.answer])
+        torch.testing.assert_close(read.wrong[i, :, 0], probabilities[rows, task.wrong])
+        newest = task.clean[:, 6]
+        torch.testing.assert_close(read.rival[i, :, 0], probabilities[rows, newest])
+        torch.testing.assert_close(read.lead[i, :, 0], logits[rows, task.answer] - logits[rows, newest])
+    torch.testing.assert_close(logits, model(task.clean)[:, -1])
+
+
+def test_takeover_is_where_the_answer_is_ahead_for_good(case):
+    model, task = case
+    read = lens(model, task)
+    for row, stage in enumerate(read.takeover().tolist()):
+        ahead = (read.lead[:, row, -1] > 0).tolist()
+        assert all(ahead[stage:])
+        assert stage == 0 or not ahead[stage - 1]
+
+
+def test_handovers_count_prompts_whose_layer_turns_a_member_into_the_answer(case):
+    model, task = case
+    read = lens(model, task)
+    tokens = read.top_tokens
+    tokens[0, :, -1, 0] = task.clean[:, 4]  # before layer 0 a member, after it the answer in the first three prompts
+    tokens[2, :, -1, 0] = (task.answer + 1) % 50
+    tokens[2, :3, -1, 0] = task.answer[:3]
+    assert read.handovers()[0] == pytest.approx(3 / 11)
+
+
+def test_positions_are_each_or_those_asked_for(case):
+    model, task = case
+    every, some = lens(model, task, positions="each"), lens(model, task, positions=[2, -1])
+    assert some.positions == (2, 8)
+    torch.testing.assert_close(every.answer[:, :, [2, 8]], some.answer)
+    with pytest.raises(TaskError, match="position 9 is not there"):
+        lens(model, task, positions=[9])
+
+
+def test_direct_terms_equal_the_cache_s_and_add_up(case):
+    model, task = case
+    terms = attribution(model, task)
+    logits, cache = model.run_with_cache(task.clean)
+    expected, labels = cache.logit_attribution(task.answer, task.wrong, by_head=True)
+    by_label = dict(zip(labels, expected, strict=True))
+    for layer in range(3):
+        torch.testing.assert_close(terms.mlps[layer], by_label[f"m{layer}"])
+        neurons = terms.neurons[layer].sum(0) + terms.mlp_bias[layer]
+        torch.testing.assert_close(neurons, terms.mlps[layer])
+        for head in range(4):
+            torch.testing.assert_close(terms.heads[layer, head], by_label[f"a{layer}.h{head}"])
+    rows = torch.arange(task.n)
+    difference = logits[rows, -1, task.answer] - logits[rows, -1, task.wrong]
+    torch.testing.assert_close(terms.logit_difference, difference)
+    torch.testing.assert_close(terms.total, difference)
