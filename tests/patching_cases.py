@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from subcircuit.analysis.tasks import Task
 from subcircuit.engine.config import ModelConfig
 from subcircuit.engine.model import HookedTransformer
 
@@ -68,6 +69,15 @@ def random_prompts(seed: int, n_prompts: int = 5, n_pos: int = 9, d_vocab: int =
         corrupted[row, at : at + 3] = (clean[row, at : at + 3] + 7) % d_vocab
     answer = torch.randint(0, d_vocab, (n_prompts,), generator=generator)
     return RandomPrompts(clean, corrupted, answer, (answer + 11) % d_vocab)
+
+
+def random_sequence_task(seed: int, n_prompts: int = 11, d_vocab: int = 50) -> Task:
+    """Random tokens, of which those at 2, 4 and 6 are called members of a sequence."""
+    generator = torch.Generator().manual_seed(seed)
+    clean = torch.randint(0, d_vocab, (n_prompts, 9), generator=generator)
+    answer = torch.randint(0, d_vocab, (n_prompts,), generator=generator)
+    positions = {"members": (2, 4, 6), "last": (8,)}
+    return Task("random", clean, None, answer, (answer + 7) % d_vocab, positions=positions)
 
 
 def relative_error(values: Tensor, reference: Tensor) -> float:

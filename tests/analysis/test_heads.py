@@ -7,11 +7,10 @@ import random
 import pytest
 import torch
 
-from patching_cases import CONFIGS, random_model
+from patching_cases import CONFIGS, random_model, random_sequence_task
 from subcircuit.analysis.attention import attention_lookups, mean_attention, repeated_token_measures
 from subcircuit.analysis.heads import ROLES, head_roles, shared_roles
 from subcircuit.analysis.ov import ov_scores, qk_scores
-from subcircuit.analysis.tasks import Task
 from subcircuit.engine.errors import PatchError
 
 SEED = random.randrange(10**6)
@@ -19,17 +18,14 @@ SEED = random.randrange(10**6)
 
 @pytest.fixture(params=CONFIGS)
 def case(request):
+    """A model in float64 and a task of more prompts than are run at once."""
     print(f"seed {SEED}")
-    generator = torch.Generator().manual_seed(SEED)
-    tokens = torch.randint(50, (10, 9), generator=generator)
-    answer = torch.randint(50, (10,), generator=generator)
-    task = Task("random", tokens, None, answer, (answer + 7) % 50, positions={"members": (2, 4, 6), "last": (8,)})
-    return random_model(CONFIGS[request.param], SEED).double(), task
+    return random_model(CONFIGS[request.param], SEED).double(), random_sequence_task(SEED + 1)
 
 
 def test_mean_attention_is_the_mean_of_the_patterns(case):
     model, task = case
-    weights = torch.rand(2, 10, 9, 9, dtype=torch.float64)
+    weights = torch.rand(2, 11, 9, 9, dtype=torch.float64)
     mean, sums = mean_attention(model, task.clean, weights)
     _, cache = model.run_with_cache(task.clean)
     for layer in range(3):

@@ -7,10 +7,9 @@ import random
 import pytest
 import torch
 
-from patching_cases import CONFIGS, random_model
+from patching_cases import CONFIGS, random_model, random_sequence_task
 from subcircuit.analysis.attribution import attribution
 from subcircuit.analysis.lens import lens
-from subcircuit.analysis.tasks import Task
 from subcircuit.engine.errors import TaskError
 
 SEED = random.randrange(10**6)
@@ -18,13 +17,9 @@ SEED = random.randrange(10**6)
 
 @pytest.fixture(params=CONFIGS)
 def case(request):
-    """A model in float64 and a task of 11 prompts, more than are run at once, whose last members are at 2, 4 and 6."""
+    """A model in float64 and a task of more prompts than are run at once."""
     print(f"seed {SEED}")
-    generator = torch.Generator().manual_seed(SEED)
-    tokens = torch.randint(50, (11, 9), generator=generator)
-    answer = torch.randint(50, (11,), generator=generator)
-    task = Task("random", tokens, None, answer, (answer + 7) % 50, positions={"members": (2, 4, 6)})
-    return random_model(CONFIGS[request.param], SEED).double(), task
+    return random_model(CONFIGS[request.param], SEED).double(), random_sequence_task(SEED + 1)
 
 
 def test_every_stage_reads_as_the_cache_does(case):
