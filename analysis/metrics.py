@@ -17,8 +17,8 @@ from torch import Tensor
 
 from subcircuit.engine.patching.answers import mean_at
 
-ROWS_AT_ONCE = 16
-"""Prompts whose logits at all positions are in memory together."""
+LOGIT_BYTES = 2**28
+"""Prompts are run so many at a time that their logits, at all positions, take no more than this."""
 
 Tokens = Int[Tensor, " prompt"] | Int[Tensor, "prompt token"]
 Logits = Float[Tensor, "prompt d_vocab"] | Float[Tensor, "prompt pos d_vocab"]
@@ -83,8 +83,11 @@ def last_logits(logits: Logits) -> Float[Tensor, "prompt d_vocab"]:
 def final_logits(
     model: Callable[[Tensor], Tensor], tokens: Int[Tensor, "prompt pos"]
 ) -> Float[Tensor, "prompt d_vocab"]:
-    """What a model says after each prompt, in float32 on the CPU; run a few prompts at a time."""
-    return torch.cat([model(rows)[:, -1].float().cpu() for rows in tokens.split(ROWS_AT_ONCE)])
+    """What a model says after each prompt, in float32 on the CPU. The first, run alone, tells how many fit together."""
+    first = model(tokens[:1])
+    n_rows = max(1, LOGIT_BYTES // (4 * first.numel()))
+    rest = [model(rows)[:, -1].float().cpu() for rows in tokens[1:].split(n_rows) if len(rows)]
+    return torch.cat([first[:, -1].float().cpu(), *rest])
 
 
 def sum_at(values: Float[Tensor, "prompt d_vocab"], tokens: Tokens) -> Float[Tensor, " prompt"]:

@@ -10,6 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from subcircuit.analysis import metrics
 from subcircuit.analysis import study as study_module
 from subcircuit.analysis.circuit import Circuit
 from subcircuit.analysis.faithfulness import score
@@ -269,7 +270,7 @@ def test_examples_show_what_the_model_expects(run):
 
 @pytest.mark.usefixtures("no_report")
 def test_prompts_run_in_parts_are_the_same_as_all_at_once(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(study_module, "LOGIT_BYTES", 3 * 23 * 1087 * 4)
+    monkeypatch.setattr(metrics, "LOGIT_BYTES", 3 * 23 * 1087 * 4)
     again = study(replace(SETTINGS, tasks=("months",)), str(tmp_path / "run"))
     a, b = (each.read_json("results/tiny-gpt2.months.json") for each in (run, again))
     assert a["accuracy"] == b["accuracy"]
