@@ -13,15 +13,13 @@ from typing import TYPE_CHECKING, Any, Literal
 from subcircuit.analysis.store import write_whole
 from subcircuit.engine.errors import PatchError, StoreError
 from subcircuit.engine.patching import Component
+from subcircuit.engine.patching.graph import Edge
 
 if TYPE_CHECKING:
     from subcircuit.analysis.tasks import Task
     from subcircuit.engine.model import HookedTransformer
 
 SCHEMA_VERSION = 1
-
-Edge = tuple[str, str]
-"""Sender and receiver by name, such as `("a4.h4", "a7.q11")`."""
 
 
 @dataclass(frozen=True)
