@@ -138,6 +138,8 @@ class DeltaSession:
         self._chunks = prompt_chunks(firsts, self.n_pos, self._prompts_kept)
         self._runs: dict[int, DeltaRun] = {}
         self._backend: Backend = "triton" if executor == "triton" else "native" if on_cpu else "torch"
+        # A row that will be computed again need not be finished; a GPU would have to be waited for to know it.
+        self._drops_early = on_cpu
         if on_cpu:
             _keep_freed_memory()
 
@@ -199,14 +201,19 @@ class DeltaSession:
         """Compute the chosen sets for one chunk of prompts, into their places among the effects and departures."""
         for chunk in plan_chunks([starts[i] for i in chosen], run.n_prompts, self.n_pos, self._max_tokens):
             indices = [chosen[i] for i in chunk.sets]
-            at = torch.tensor(indices)
             found = None if departures is None else Departures.none(len(indices), effects)
-            rows = run.effects([sets[i] for i in indices], chunk.start, found)
-            effects[at[:, None], run.chunk] = rows
+            rows = run.enter([sets[i] for i in indices], chunk.start, found)
             if departures is not None and found is not None:
+                at = torch.tensor(indices)
                 departures.size[at], departures.shrinkage[at] = found.size, found.shrinkage
+                if self._drops_early:
+                    again = {i for repeated in self._to_repeat(found) for i in repeated}
+                    left = [i for i in range(len(indices)) if i not in again]
+                    rows, indices = run.select(rows, left), [indices[i] for i in left]
+            if indices:
+                effects[torch.tensor(indices)[:, None], run.chunk] = run.leave(rows)
             if count is not None:
-                count(rows.numel())
+                count(len(chunk.sets) * run.n_prompts)
 
     def _to_repeat(self, departures: Departures) -> tuple[list[int], list[int]]:
         """Sets to compute once more with products in the precision of the clean run, and as full forwards."""
