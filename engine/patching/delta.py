@@ -100,7 +100,7 @@ class Departures:
     """How much each set changes the residual stream that enters (if patched) or leaves the first layer it touches."""
 
     size: Float[Tensor, "set"]
-    """|δ| / |x|, root mean square over prompts and positions."""
+    """|δ| / |x|, the largest over prompts and positions."""
     shrinkage: Float[Tensor, "set"]
     """|x| / |x + δ|, the largest over prompts and positions."""
 
@@ -115,7 +115,7 @@ class Departures:
             return
         clean = clean[:, -joined.shape[2] :]
         before, moved, after = (torch.linalg.vector_norm(x, dim=-1) for x in (clean, joined, clean + joined))
-        torch.maximum(self.size, (moved / before).square().mean((1, 2)).sqrt(), out=self.size)
+        torch.maximum(self.size, (moved / before).amax((1, 2)), out=self.size)
         torch.maximum(self.shrinkage, (before / after).amax((1, 2)), out=self.shrinkage)
 
 

@@ -37,9 +37,9 @@ EXECUTORS: tuple[Executor, ...] = ("torch", "triton", "reference")
 _DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}
 CPU_BUDGET_BYTES = 2 * 2**30
 
-# In bfloat16 the error of an effect is relative to δ. Where δ is this large beside the residual stream it enters (root
-# mean square, on leaving the first patched layer), that is no longer small beside the effect.
-LARGE_DELTA = 0.2
+# In bfloat16 the error of an effect is relative to δ. Where δ is this large beside the residual stream it enters (at
+# any position, on leaving the first patched layer), that is no longer small beside the effect.
+LARGE_DELTA = 0.45
 
 # Where x + δ is this many times smaller than x, their sum has lost a digit, in float32 too.
 LARGE_SHRINKAGE = 10
