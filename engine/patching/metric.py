@@ -24,7 +24,7 @@ from torch import Tensor
 from subcircuit.engine.config import ModelConfig
 from subcircuit.engine.errors import PatchError
 from subcircuit.engine.model import HookedTransformer
-from subcircuit.engine.patching.answers import TokenSet, answer_directions, mean_at
+from subcircuit.engine.patching.answers import TokenSet, answer_directions, mean_at, mean_unembed
 from subcircuit.kernels.backend import Backend
 from subcircuit.kernels.norm_delta import norm_delta
 from subcircuit.kernels.readout import readout
@@ -47,23 +47,25 @@ def clean_readout_bytes(config: ModelConfig, metric: Metric, element_size: int) 
 
 def measure(
     logits: Float[Tensor, "prompt d_vocab"],
-    clean_logits: Float[Tensor, "prompt d_vocab"],
+    clean_logits: Float[Tensor, "prompt d_vocab"] | None,
     answers: TokenSet,
     wrongs: TokenSet,
     metric: Metric,
 ) -> Float[Tensor, "prompt"]:
     """A metric by its definition, from logits; at least in float32, but for a difference of the logits themselves.
 
-    `clean_logits` are those of the clean run, or its log-probabilities.
+    `clean_logits` are those of the clean run, or its log-probabilities; only `kl` needs them.
     """
     if metric == "logit_difference":
         return mean_at(logits, answers) - mean_at(logits, wrongs)
-    logits, clean_logits = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (logits, clean_logits))
-    if metric == "log_probability":
-        return mean_at(logits.log_softmax(-1), answers)
+    dtype = torch.promote_types(logits.dtype, torch.float32)
     if metric == "accuracy":
-        return _among(logits.argmax(-1), answers).to(logits.dtype)
-    log_p, log_q = clean_logits.log_softmax(-1), logits.log_softmax(-1)
+        return _among(logits.argmax(-1), answers).to(dtype)
+    log_q = logits.to(dtype).log_softmax(-1)
+    if metric == "log_probability":
+        return mean_at(log_q, answers)
+    assert clean_logits is not None
+    log_p = clean_logits.to(dtype).log_softmax(-1)
     return (log_p.exp() * (log_p - log_q)).sum(-1)
 
 
@@ -74,10 +76,9 @@ def _among(tokens: Int[Tensor, "*set prompt"], answers: TokenSet) -> Bool[Tensor
 class MetricReadout:
     """A metric read from the final residual stream of rows, given as δ to that of the clean run.
 
-    What the metric needs of the clean run is measured once: a direction, and but for a logit difference the
-    log-probabilities of each prompt and their mean unembedding. All of it, the product with W_U too, is in the
-    precision of the model: one position of a row is read, so that little is lost by it, and an effect on a KL is of
-    the square of δ's size.
+    What it needs of the clean run is computed once: a direction, and for all but the logit difference every prompt's
+    log-probabilities and their mean unembedding ū. The product with W_U is in the precision of the clean run, whatever
+    that of the others: it is made for one position of a row only, and a KL is of the size of δ².
     """
 
     def __init__(
@@ -89,28 +90,36 @@ class MetricReadout:
         metric: Metric,
         backend: Backend,
     ) -> None:
-        self._norm, self._unembed, self._backend, self.metric = model.ln_final, model.unembed_weight, backend, metric
-        self.final, self.normed = final, self._norm(final)
-        self._answers = answers
+        self._norm, self._unembed = model.ln_final, model.unembed_weight
+        self._metric, self._backend, self._answers = metric, backend, answers
+        self._final, self._normed = final, self._norm(final)
+        self.log_p: Float[Tensor, "prompt d_vocab"] | None = None
         if metric == "logit_difference":
             self._direction = answer_directions(self._unembed, answers, wrongs)
-            self.clean = (self.normed * self._direction).sum(-1)
+            self.clean: Float[Tensor, "prompt"] = (self._normed * self._direction).sum(-1)
             return
-        logits = F.linear(self.normed, self._unembed)
-        self.clean = measure(logits, logits, answers, wrongs, metric)
-        self.log_p = logits.log_softmax(-1)
-        self._mean_unembed = self.log_p.exp() @ self._unembed
-        self._direction = answer_directions(self._unembed, answers, answers) + 0  # replaced below
-        if metric == "log_probability":
-            self._direction = _means(self._unembed, answers) - self._mean_unembed
+        self.log_p = log_p = F.linear(self._normed, self._unembed).log_softmax(-1)
+        self.clean = measure(log_p, log_p, answers, wrongs, metric)
+        self._mean_unembed = log_p.exp() @ self._unembed
+        self._direction = mean_unembed(self._unembed, answers) - self._mean_unembed
 
     def effects(self, delta: Float[Tensor, "#set prompt d_model"]) -> Float[Tensor, "#set prompt"]:
         """metric(row) − metric(clean run)."""
-        if self.metric == "logit_difference":
+        if self.log_p is None:
             return self._along_direction(delta)
-        normed = self._norm_delta(delta)
-        if self.metric == "accuracy":
+        normed = self._delta_normed(delta)
+        if self._metric == "accuracy":
             top = top_readout(normed, self.log_p, self._unembed, backend=self._backend)
             return _among(top, self._answers).to(self.clean.dtype) - self.clean
         kl = kl_readout(normed, self.log_p, self._mean_unembed, self._unembed, backend=self._backend)
-        return kl if self.metric == "kl" else self._along_direction(delta) - kl
+        return kl if self._metric == "kl" else self._along_direction(delta) - kl
+
+    def _along_direction(self, delta: Tensor) -> Float[Tensor, "#set prompt"]:
+        norm = self._norm
+        inputs = self._final, self._normed, delta, norm.weight, norm.bias, norm.eps, self._direction
+        return readout(*inputs, backend=self._backend)
+
+    def _delta_normed(self, delta: Tensor) -> Float[Tensor, "#set prompt d_model"]:
+        norm, (clean, normed, delta) = self._norm, (x[..., None, :] for x in (self._final, self._normed, delta))
+        inputs = clean, normed, delta, norm.weight, norm.bias, norm.eps, clean.dtype
+        return norm_delta(*inputs, backend=self._backend)[1].squeeze(2)
