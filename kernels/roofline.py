@@ -42,10 +42,10 @@ CHIPS = [
     Chip("MI300X", 1307.4e12, 163.4e12, 163.4e12, 5.3e12),
 ]
 SOURCES = """\
-A100 80GB SXM: 312 TFLOP/s bfloat16, 19.5 float32, 2,039 GB/s (NVIDIA A100 data sheet). H100 SXM: 989.4 TFLOP/s bfloat16
-dense, 67 float32, 3.35 TB/s (NVIDIA H100 data sheet; the data sheet's 1,979 is with sparsity). MI300X: 1,307.4 TFLOP/s
-bfloat16 dense, 163.4 float32, 5.3 TB/s (AMD Instinct MI300X data sheet). A product at float32's accuracy is six bfloat16
-products on NVIDIA (`bf16x6`) and a float32 one on AMD."""
+A100 80GB SXM: 312 TFLOP/s bfloat16, 19.5 float32, 2,039 GB/s (NVIDIA A100 data sheet). H100 SXM: 989.4 TFLOP/s
+bfloat16 dense, 67 float32, 3.35 TB/s (NVIDIA H100 data sheet, whose 1,979 is with sparsity). MI300X: 1,307.4 TFLOP/s
+bfloat16 dense, 163.4 float32, 5.3 TB/s (AMD Instinct MI300X data sheet). A product at float32's accuracy is six
+bfloat16 products on NVIDIA (`bf16x6`) and a float32 one on AMD."""
 
 
 @dataclass(frozen=True)
@@ -209,3 +209,183 @@ def sweep_costs(model: Model, n_prompts: int, n_pos: int) -> dict[str, Cost]:
 
 def _sum(costs: list[Cost]) -> Cost:
     return Cost(*(sum(getattr(cost, unit) for cost in costs) for unit in vars(Cost())))
+
+
+EFFICIENCY = 0.6
+"""Share of the bound that a prediction assumes: an assumption about large GEMMs and streaming kernels, not measured."""
+
+N_POS = 23
+
+SYMBOLIC = {
+    "norm_delta": ("(8 + 2b) d_model", "12 d_model"),
+    "attention_delta": ("2b d_head (n_heads + n_kv_heads)", "4 n_heads d_head n_keys + 6 n_heads n_keys"),
+    "head_fanout": ("4 d_model", "2 d_head d_model"),
+    "activation_delta": ("2b d_mlp; gated 3b d_mlp", "20 d_mlp"),
+    "readout (per row)": ("4 d_model", "14 d_model"),
+    "vocabulary (per row)": ("4 d_vocab (1 + d_model / BLOCK_M)", "2 d_model d_vocab + 40 d_vocab"),
+}
+
+
+def kernel_costs(model: Model) -> dict[str, Cost]:
+    """Per row token, or per row for what reads one position."""
+    costs = norm_delta(model), attention_delta(model, N_POS), head_fanout(model), activation_delta(model)
+    return dict(zip(SYMBOLIC, (*costs, readout(model), vocabulary(model)), strict=True))
+
+
+def page(with_aot: bool = True) -> Iterator[str]:
+    """docs/kernels.md, line by line."""
+    yield "# Kernels: what they move, what they compute, what bounds them"
+    yield ""
+    yield "<!-- Made by `python -m subcircuit.kernels.roofline`. -->"
+    yield ""
+    yield INTRODUCTION
+    yield "## Bytes and operations"
+    yield ""
+    yield COUNTING
+    yield from _table(["kernel", "bytes", "operations"], [[name, *text] for name, text in SYMBOLIC.items()])
+    for model in (GPT2_SMALL, LLAMA2_7B):
+        yield from _kernel_table(model)
+    yield "## Peak figures"
+    yield ""
+    yield SOURCES
+    yield ""
+    yield "## Sweeps: predicted, not measured"
+    yield ""
+    yield PREDICTING
+    for model, n_prompts in ((GPT2_SMALL, 1536), (LLAMA2_7B, 32)):
+        yield from _sweep_section(model, n_prompts)
+    if with_aot:
+        yield from _compiled_section()
+
+
+INTRODUCTION = """\
+Between the GEMMs of the delta form (docs/method.md) stand six kernels. Each has a plain-torch version of the same
+signature, and is tested against float64 under Triton's interpreter. No figure on this page was measured on a GPU: bytes
+and operations are counted (the count of products is tested against torch's own), registers and shared memory are the
+compilers', and times follow from peak figures.
+"""
+
+COUNTING = f"""\
+Per row token, with operands of b bytes ({OPERAND_BYTES} in the figures). What is read once per prompt is taken to be
+found in the cache and not counted; W_U, which no cache holds, is counted once per block of BLOCK_M rows. Operations of
+norms, activations and softmax are elementwise ones, about.
+"""
+
+PREDICTING = f"""\
+Every head is patched in turn, at all T = {N_POS} positions, on every prompt; all positions may differ; products are in
+bfloat16. A row patched in layer l costs `head_fanout` and the MLP of layer l at T tokens, then all of each layer above.
+In the last layer one position is read: there keys and values are computed at T tokens, and queries, attention, the
+output projection and the MLP at one. A step's time is the largest of bytes / bandwidth and operations / peak of each
+unit. The bound is their sum, as if no two steps overlapped and a launch cost nothing. The prediction assumes
+{EFFICIENCY:.0%} of the bound's speed, which is a guess. The clean and the corrupted run of each prompt are left out,
+and the weights' own bytes.
+"""
+
+
+def _table(head: list[str], rows: list[list[str]]) -> Iterator[str]:
+    for row in (head, ["---"] * len(head), *rows):
+        yield f"| {' | '.join(row)} |"
+    yield ""
+
+
+def _kernel_table(model: Model) -> Iterator[str]:
+    yield f"{model.name}, {N_POS} keys, and the least time of a million tokens (of a thousand rows), in milliseconds:"
+    yield ""
+    rows = []
+    for name, cost in kernel_costs(model).items():
+        n = 1e3 if "row" in name else 1e6
+        times = [f"{cost.times(n).seconds(chip) * 1e3:.2f} ({cost.bound(chip)})" for chip in CHIPS]
+        rows.append([name, f"{cost.bytes:,.0f}", f"{cost.operations:,.0f}", *times])
+    yield from _table(["kernel", "bytes", "operations", *(chip.name for chip in CHIPS)], rows)
+
+
+def _sweep_section(model: Model, n_prompts: int) -> Iterator[str]:
+    n_heads = model.n_layers * model.n_heads  # of all layers
+    costs = sweep_costs(model, n_prompts, N_POS)
+    yield f"### {model.name}: {n_heads:,} heads × {n_prompts:,} prompts × {N_POS} tokens"
+    yield ""
+    rows = []
+    for name, cost in costs.items():
+        times = [f"{cost.seconds(chip):.3f} ({cost.bound(chip)})" for chip in CHIPS]
+        rows.append([name, f"{cost.operations / 1e12:,.2f}", f"{cost.bytes / 1e9:,.1f}", *times])
+    bounds = [sum(cost.seconds(chip) for cost in costs.values()) for chip in CHIPS]
+    whole = _sum(list(costs.values()))
+    totals = f"{whole.operations / 1e12:,.2f}", f"{whole.bytes / 1e9:,.1f}"
+    rows.append(["**bound**", *totals, *(f"{bound:.2f}" for bound in bounds)])
+    rows.append(["**predicted, not measured**", "", "", *(f"**{bound / EFFICIENCY:.2f}**" for bound in bounds)])
+    yield from _table(["step", "10¹² operations", "GB", *(f"{chip.name}, s" for chip in CHIPS)], rows)
+    products = costs["product"]
+    forward = 2 * model.n_layers * (2 * model.d_model * (model.d_q + model.d_kv) + _mlp_weights(model)) * N_POS
+    n_rows = n_heads * n_prompts
+    yield (
+        f"The products: {n_rows:,} rows × {products.operations / n_rows / 1e9:,.3f} · 10⁹ operations, where a full "
+        f"forward has {forward / 1e9:,.3f} · 10⁹. On an H100 that is {products.bfloat16 / 1e12:,.1f} · 10¹² / "
+        f"({CHIPS[1].bfloat16 / 1e12:,.1f} · 10¹² per second) = {products.bfloat16 / CHIPS[1].bfloat16:.3f} s."
+    )
+    yield ""
+    kl = vocabulary(model).times(n_rows)
+    added = ", ".join(f"{kl.seconds(chip):.2f} s on {chip.name}" for chip in CHIPS)
+    yield (
+        f"The metrics `kl`, `log_probability` and `accuracy` add {kl.operations / 1e12:,.2f} · 10¹² operations, and to "
+        f"the bound {added}."
+    )
+    yield ""
+
+
+def _mlp_weights(model: Model) -> int:
+    return (model.n_pre + 1) * model.d_model * model.d_mlp
+
+
+def _compiled_section() -> Iterator[str]:
+    from subcircuit.kernels import aot
+
+    yield "## Registers, spills, shared memory, occupancy"
+    yield ""
+    yield (
+        "Of all configurations that may be launched, compiled ahead of time for GPUs that are not there, the smallest "
+        "and the largest figure; `python -m subcircuit.kernels.aot` prints each one. Occupancy is the share of a "
+        "multiprocessor's warps that registers and shared memory let run at once."
+    )
+    yield ""
+    rows = []
+    for target in aot.CHIPS:
+        groups: dict[tuple[str, str], list[aot.Compiled]] = {}
+        for case in aot.cases(target, quick=False):
+            kernel, *_, last = case.name.split(", ")
+            operands = last if last in ("bf16", "fp32") else "fp32"
+            groups.setdefault((kernel, operands), []).append(aot.compile_case(case, target))
+        for names, compiled in groups.items():
+            spilled = str(max(one.spilled for one in compiled))
+            registers, shared = (
+                _range([getattr(one, field) for one in compiled]) for field in ("registers", "shared_bytes")
+            )
+            occupancy = _range([round(100 * one.occupancy) for one in compiled])
+            rows.append([target, *names, str(len(compiled)), registers, spilled, shared, occupancy])
+    head = [
+        "chip",
+        "kernel",
+        "operands",
+        "configurations",
+        "registers",
+        "bytes spilled",
+        "shared bytes",
+        "occupancy, %",
+    ]
+    yield from _table(head, rows)
+
+
+def _range(values: list[int]) -> str:
+    low, high = min(values), max(values)
+    return f"{low:,}" if low == high else f"{low:,}–{high:,}"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m subcircuit.kernels.roofline", description=__doc__.splitlines()[0])
+    parser.add_argument("--no-aot", action="store_true", help="without the table that takes Triton's compilers minutes")
+    options = parser.parse_args(arguments)
+    print("\n".join(page(with_aot=not options.no_aot)).rstrip())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
