@@ -17,6 +17,8 @@ from subcircuit.options import (
     ExecutorOption,
     FilterOption,
     JsonOption,
+    Metric,
+    MetricOption,
     ModelOption,
     NOption,
     Precision,
@@ -43,6 +45,7 @@ def sweep(
     template: TemplateOption = "all",
     only_answered: FilterOption = False,
     source: SourceOption = "corrupted",
+    metric: MetricOption = Metric.logit_difference,
     precision: PrecisionOption = Precision.fp32,
     executor: ExecutorOption = Executor.torch,
     dtype: DtypeOption = "float32",
@@ -52,7 +55,7 @@ def sweep(
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Patch every component in turn and measure its effect on the logit difference."""
+    """Patch every component in turn and measure its effect on the logit difference, or on another metric."""
     from subcircuit.analysis.study import suitable_threads
 
     where = _positions(positions)
@@ -67,6 +70,7 @@ def sweep(
             positions=where,
             executor=executor.value,
             precision=precision.value,
+            metric=metric.value,
             progress=lambda done, total: progress("sweep", done, total),
         )
     rows = scores.table()
@@ -76,10 +80,12 @@ def sweep(
         print(json.dumps({"settings": scores.settings, "sites": rows}))
         return
     clean = float(scores.clean_metric.mean())
-    out.print(f"{len(rows)} sites × {scores.effects.shape[1]} prompts, clean logit difference {clean:.3f}")
+    name = metric.value.replace("_", " ")
+    out.print(f"{len(rows)} sites × {scores.effects.shape[1]} prompts, clean {name} {clean:.3f}")
     table = new_table("site", "effect", "± s.e.", "share")
     for row in sorted(rows, key=lambda row: -abs(row["effect"]))[:top]:
-        numbers = f"{row['effect']:+.3f}", f"{row['standard_error']:.3f}", f"{row['share']:+.1%}"
+        share = "–" if row["share"] is None else f"{row['share']:+.1%}"
+        numbers = f"{row['effect']:+.3f}", f"{row['standard_error']:.3f}", share
         table.add_row(row["site"], *numbers)
     out.print(table)
     if csv_file is not None:
