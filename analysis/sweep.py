@@ -182,5 +182,6 @@ def sweep(
         "n_prompts": len(task.clean),
         "n_precise_rows": result.n_precise,
         "n_full_rows": result.n_full,
+        "n_halvings": result.n_halvings,
     }
     return Scores(sites, result.effects.cpu(), result.clean_metric.cpu(), model.config, settings)

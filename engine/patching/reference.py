@@ -33,7 +33,7 @@ def reference_effects(
     clean = torch.empty(n_prompts, dtype=model.dtype, device=model.device)
     n_done = 0
     for chunk in torch.arange(n_prompts).split(prompts_per_chunk):
-        clean[chunk] = _logit_difference(model(prompts.clean[chunk]), prompts, chunk)
+        clean[chunk] = patched_metric(model, prompts, chunk, (), sources)
         for i, patch_set in enumerate(patch_sets):
             patched[i, chunk] = patched_metric(model, prompts, chunk, patch_set, sources)
             n_done += len(chunk)
@@ -49,7 +49,9 @@ def patched_metric(
     """The metric of a chunk of prompts from one full forward with the patches of one set."""
     n_pos = prompts.clean.shape[1]
     hooks = [(patch.site.component.hook_name, _replace(model, patch, sources, chunk, n_pos)) for patch in patch_set]
-    return _logit_difference(model.run_with_hooks(prompts.clean[chunk], hooks), prompts, chunk)
+    # Logits are made at the last position only: at all of them they would be the largest tensor of all.
+    resid = model.run_with_hooks(prompts.clean[chunk], hooks, stop_at_layer=model.config.n_layers)
+    return _logit_difference(model.unembed_normed(resid[:, -1:]), prompts, chunk)
 
 
 def _logit_difference(logits: Tensor, prompts: AlignedPrompts, chunk: PromptChunk) -> Float[Tensor, "prompt"]:
