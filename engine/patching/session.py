@@ -15,6 +15,7 @@ from torch import Tensor
 from subcircuit.engine.blocks import Block
 from subcircuit.engine.errors import PatchError
 from subcircuit.engine.model import HookedTransformer
+from subcircuit.engine.patching.compile import Masks, compile_masks
 from subcircuit.engine.patching.delta import DeltaRun, Departures, LayerWeights
 from subcircuit.engine.patching.memory import Layout, Sizes, fits, halves
 from subcircuit.engine.patching.plan import Chunk, Start, plan_chunks, start_of
@@ -167,10 +168,28 @@ class DeltaSession:
 
     def work(self, patch_sets: Sequence[PatchSet]) -> Iterator[tuple[PromptChunk, list[Chunk]]]:
         """What `effects` would run for these patch sets, in order: chunks of prompts, each with its chunks of rows."""
-        layout = self.layout(self._sources.wanted(patch_sets))
+        layout = self.layout(self.wanted_names(patch_sets))
         for prompts in layout.prompt_chunks:
             starts = self._starts(patch_sets, (), int(self._firsts[prompts].min()))
             yield prompts, plan_chunks(starts, len(prompts), self.n_pos, layout.max_tokens)
+
+    def wanted_names(self, patch_sets: Iterable[PatchSet]) -> dict[SourceKey, list[str]]:
+        """Hook points that will be patched from each source, by what calls so far and these patch sets say."""
+        return self._sources.wanted(patch_sets)
+
+    def masks(self, patch_sets: Sequence[PatchSet], start: Start) -> Masks:
+        """What patch sets that start together replace, hook point by hook point."""
+        return compile_masks(patch_sets, self.model.config, self.n_pos, start.first, self._sources, start.layer)
+
+    @property
+    def product_dtype(self) -> torch.dtype:
+        """Of the operands of the δ products."""
+        return self._product_dtype
+
+    @property
+    def backend(self) -> Backend:
+        """What the elementwise steps between them run on."""
+        return self._backend
 
     @torch.no_grad()
     def effects(
@@ -184,7 +203,7 @@ class DeltaSession:
         A base's δ is kept from call to call: what changes in it costs only the layers from there on.
         """
         sets = [as_patch_set(patch_set) for patch_set in patch_sets]
-        self._check(sets, base)
+        self.check([*sets, base])
         self.prepare([*sets, base])
         effects = torch.zeros(len(sets), self.n_prompts, dtype=self.model.dtype, device=self.model.device)
         clean_metric = torch.empty(self.n_prompts, dtype=self.model.dtype, device=self.model.device)
@@ -310,8 +329,9 @@ class DeltaSession:
             metric = patched_metric(self.model, self.prompts, run.chunk, sets[i], self._sources)
             effects[i, run.chunk] = metric - run.clean_metric
 
-    def _check(self, sets: Iterable[PatchSet], base: PatchSet) -> None:
-        for patch_set in [*sets, base]:
+    def check(self, patch_sets: Iterable[PatchSet]) -> None:
+        """Raises PatchError for a component or position that does not exist."""
+        for patch_set in patch_sets:
             for patch in patch_set:
                 patch.site.component.check(self.model.config)
                 patch.site.resolve(self.n_pos)
