@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -22,19 +21,44 @@ from subcircuit.engine.patching.sources import PromptChunk, Sources
 
 # What one run of a block may take: a chunk that takes longer is timed on fewer rows, and first on very few.
 SECONDS = 0.2
-FEW_FLOPS = 3 * 10**9
+FEW_FLOPS = 2 * 10**9
+
+# What one timing goes on for, so that it sees the machine's other work as a long sweep does.
+TIMING_SECONDS = 0.06
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Seconds as a fixed part and a part per unit of size."""
+
+    fixed_s: float
+    unit_s: float
+
+    def seconds(self, size: float) -> float:
+        return self.fixed_s + self.unit_s * size
+
+    @classmethod
+    def through(cls, few: tuple[float, float], many: tuple[float, float]) -> Cost:
+        """From (size, seconds) of a small and of a large piece of work; exact at the large one.
+
+        Many small products are slower than one large one, and timings are noisy: neither part is negative, and size
+        explains at least half of the larger time.
+        """
+        (few_size, few_s), (size, seconds) = few, many
+        seconds = max(seconds, 0.0)
+        slope = (seconds - few_s) / (size - few_size) if size > few_size else seconds / size
+        unit_s = min(max(slope, seconds / size / 2), seconds / size)
+        return cls(seconds - unit_s * size, unit_s)
 
 
 @dataclass(frozen=True)
 class Speed:
     """Seconds that the parts of a sweep take."""
 
-    block_s: float
-    """Per block of a chunk, however few rows it has."""
-    flop_s: float
-    """Per FLOP of a block's products and attention, the elementwise steps between them included."""
-    entry_token_s: float
-    """Per row token, once: compiling its patches, measuring its δ, reading its effect."""
+    block: Cost
+    """Of a block of a chunk, by its FLOPs: the elementwise steps between the products included."""
+    entry: Cost
+    """Of a chunk, once, by its row tokens: compiling patches, measuring δ, reading effects."""
     clean_flop_s: float
     """Per FLOP of the clean run."""
     copy_s: float
@@ -47,24 +71,23 @@ def measure_speed(session: DeltaSession, patch_sets: Sequence[PatchSet], prompts
     bench = _Bench(session, prompts, chunk.start.first)
     sets = [patch_sets[i] for i in chunk.sets]
     n_rows = len(sets) * len(prompts)
-    few = min(1 / 8, FEW_FLOPS / bench.block_flops(n_rows, 1))
-    few_shape = _part(len(sets), len(prompts), few)
-    few_flops, few_s = bench.block_flops(*few_shape), bench.block_seconds(*few_shape)
-    shape = _part(len(sets), len(prompts), min(1, SECONDS / few_s * few))
-    flops, seconds = bench.block_flops(*shape), bench.block_seconds(*shape)
-    # Small products are slower, so that more rows may seem to cost nothing: no faster than twice the mean rate.
-    flop_s = max((seconds - few_s) / (flops - few_flops), seconds / flops / 2) if flops > few_flops else seconds / flops
-    flop_s = min(flop_s, seconds / flops)
-    block_s = seconds - flop_s * flops
+    part = min(1 / 8, FEW_FLOPS / bench.block_flops(n_rows, 1))
+    few = _part(len(sets), len(prompts), part)
+    few_point = bench.block_flops(*few), bench.block_seconds(*few)
+    many = _part(len(sets), len(prompts), min(1, SECONDS / few_point[1] * part))
+    block = Cost.through(few_point, (bench.block_flops(*many), bench.block_seconds(*many)))
 
-    sets = _in_last_layer(sets[: shape[0]], bench.config.n_layers)
-    entry_s = bench.entry_seconds(sets, shape[1]) - block_s - flop_s * bench.entry_flops(sets, shape[1])
+    def entry(n_sets: int, n_prompts: int) -> tuple[float, float]:
+        moved = _in_last_layer(sets[:n_sets], bench.config.n_layers)
+        seconds = bench.entry_seconds(moved, n_prompts) - block.seconds(bench.entry_flops(moved, n_prompts))
+        return len(moved) * n_prompts * (session.n_pos - bench.first), seconds
+
+    n_layers = session.model.config.n_layers
     return Speed(
-        block_s,
-        flop_s,
-        max(0.0, entry_s) / (len(sets) * shape[1] * (session.n_pos - bench.first)),
+        block,
+        Cost.through(entry(*few), entry(*many)),
         bench.clean_flop_seconds(),
-        bench.layer_copy_seconds() * session.model.config.n_layers,
+        bench.layer_copy_seconds() * n_layers,
     )
 
 
@@ -145,12 +168,16 @@ class _Bench:
         return self._seconds(lambda: LayerWeights.of(self.blocks[0], self.session.product_dtype))
 
     def _seconds(self, work: Callable[[], object]) -> float:
-        """Median of three, after a first that warms up."""
-        seconds = []
-        for _ in range(4):
-            start = time.perf_counter()
+        """Mean over several runs, after one that warms up."""
+        work()
+        self._wait()
+        n_runs, start = 0, time.perf_counter()
+        while n_runs < 2 or time.perf_counter() - start < TIMING_SECONDS:
             work()
-            if self.model.device.type == "cuda":
-                torch.cuda.synchronize(self.model.device)
-            seconds.append(time.perf_counter() - start)
-        return statistics.median(seconds[1:])
+            self._wait()
+            n_runs += 1
+        return (time.perf_counter() - start) / n_runs
+
+    def _wait(self) -> None:
+        if self.model.device.type == "cuda":
+            torch.cuda.synchronize(self.model.device)

@@ -148,8 +148,8 @@ class _Work:
         self.n_bytes = max(rows, len(prompts) * session.sizes.clean_layer())
 
     def seconds(self, speed: Speed) -> float:
-        flops = sum(layer.all for layer in self.flops.values())
-        return len(self.flops) * speed.block_s + flops * speed.flop_s + self.n_tokens * speed.entry_token_s
+        blocks = sum(speed.block.seconds(layer.all) for layer in self.flops.values())
+        return blocks + speed.entry.seconds(self.n_tokens)
 
 
 def _clean_flops(config: ModelConfig, session: DeltaSession, names: dict[Any, list[str]]) -> int:
