@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from subcircuit.analysis.check import check_effects
 from subcircuit.analysis.tasks import Task
 from subcircuit.engine.config import ModelConfig
 from subcircuit.engine.errors import PatchError
@@ -150,6 +151,7 @@ def sweep(
     executor: Executor = "torch",
     precision: Precision = "fp32",
     budget_bytes: int | None = None,
+    check: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> Scores:
     """Patch every component in turn, each on every prompt of the task, and measure what it changes.
@@ -157,7 +159,8 @@ def sweep(
     `components` is a family (`heads`, `mlps`, `queries`, `keys`, `values`, `groups`, `neurons`, `residual`), several
     joined by `+`, or a list of names (`a5.h1`) and sites. `source` is what is put there: the corrupted prompt's
     value, the per-position mean over the corrupted prompts, zero, or tensors by hook name. `positions` as in
-    `sites_of`.
+    `sites_of`. `check` rows, drawn at random, are run once more as full forward passes in float64; how far they were
+    off, and whether that is within the precision's tolerance, is in `settings["check"]` (see `analysis.check.Check`).
 
     Raises PatchError for what does not exist or is not aligned.
     """
@@ -184,4 +187,7 @@ def sweep(
         "n_full_rows": result.n_full,
         "n_halvings": result.n_halvings,
     }
+    if check:
+        checked = check_effects(model, task, sites, result.effects, k=check, source=source, precision=precision)
+        settings["check"] = checked.as_dict()
     return Scores(sites, result.effects.cpu(), result.clean_metric.cpu(), model.config, settings)
