@@ -61,7 +61,9 @@ def test_effects_equal_full_forwards(case, source, precision, metric):
     reference = patch_effects(model, prompts, SETS, executor="reference", precision="fp64", **given)
     result = patch_effects(model, prompts, SETS, precision=precision, **given)
     if metric == "accuracy":
-        differ = (result.effects != reference.effects).double().mean()
+        # Without its whole residual stream a model of the Llama kind has logits of 0: any token is the likeliest.
+        same = [i for i, what in enumerate(SETS) if not (what == "r1" and source == "zero")]
+        differ = (result.effects != reference.effects)[same].double().mean()
         assert differ <= (0.05 if precision == "bf16" else 0)  # of two tokens nearly alike, δ's rounding decides
     else:
         assert relative_error(result.effects, reference.effects) < TOLERANCE[precision]
