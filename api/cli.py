@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 import subcircuit as sc
-from subcircuit.commands import discover, generate, models, study, sweep, tasks, transfer
+from subcircuit.commands import discover, generate, heads, lens, models, study, sweep, tasks, transfer
 from subcircuit.engine.errors import SubcircuitError
 
 app = typer.Typer(
@@ -25,6 +25,8 @@ for command in (
     study.study,
     sweep.sweep,
     discover.discover,
+    heads.heads,
+    lens.lens,
     transfer.transfer,
     generate.generate,
     models.models,
