@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 import subcircuit as sc
-from subcircuit.commands import discover, generate, heads, lens, models, study, sweep, tasks, transfer
+from subcircuit.commands import discover, generate, heads, lens, models, study, sweep, tasks, transfer, vector
 from subcircuit.engine.errors import SubcircuitError
 
 app = typer.Typer(
@@ -29,6 +29,7 @@ for command in (
     lens.lens,
     transfer.transfer,
     generate.generate,
+    vector.vector,
     models.models,
     tasks.tasks,
     models.info,
