@@ -155,22 +155,9 @@ def _print_task(name: str, task: Task, found: HeadRoles, heads: Heads, circuits:
     if not profiles:
         return
     shifts = list(profiles[0]["ov"])
-    out.print(
-        "\nAttention: member → the one before, last token → newest member. OV: what it writes for a member, in the"
-    )
-    out.print(
-        "top 5. QK: members against other tokens by content (0.50: chance). Direct: logits added to the answer.\n"
-    )
-    columns = (
-        "→ before",
-        "→ newest",
-        *(f"OV {shift}" for shift in shifts),
-        "QK similar",
-        "QK last",
-        "direct",
-        "± s.e.",
-    )
-    table = new_table("head", *columns)
+    out.print(f"\n{LEGEND}\n")
+    ov = [f"OV {shift}" for shift in shifts]
+    table = new_table("head", "→ before", "→ newest", *ov, "QK similar", "QK last", "direct", "± s.e.")
     for row in profiles:
         numbers = [row["to_previous_member"], row["last_to_newest"], *row["ov"].values()]
         numbers += [row["qk_similar"], row["qk_last"]]

@@ -110,9 +110,7 @@ def _print(found: Transfer) -> None:
         if not found.random_heads[name]:
             out.print("  no random sets: fewer other heads are left, or none were asked for")
     stands_in = "0" if found.ablation == "zero" else "their mean"
-    out.print(
-        f"\nHeads' outputs replaced by {stands_in}; shares of the prompts that the whole model continues rightly.\n"
-    )
+    out.print(f"\nHeads' outputs replaced by {stands_in}. Shares are of the prompts that the whole model answers.\n")
     table = new_table("kind", "circuit", "answered", "still right", "95 %", "random heads", "95 %", "worst", "p")
     for row in found.table():
         answered = f"{row['n_answered']}/{row['n_asked']}"
