@@ -44,6 +44,10 @@ class Lens:
     """Probability of its wrong answer (or answers)."""
     newest: Float[Tensor, "stage prompt pos"] | None
     """Probability of the last member that the prompt shows; None in a task without members."""
+    answer_rank: Int[Tensor, "stage prompt pos"]
+    """Tokens that are likelier than the answer (than the best of its answers): 0 where it is the likeliest."""
+    rival_rank: Int[Tensor, "stage prompt pos"]
+    """The same for what the answer has to overtake, as `rival`."""
     lead: Float[Tensor, "stage prompt pos"]
     """Logit of the answer minus that of its rival, the newest member or else the wrong answer (means of sets)."""
     task: Task
@@ -78,12 +82,20 @@ class Lens:
         is_answer = (top == self.task.answer_sets[0]).any(-1)
         return (is_member[:-1] & is_answer[1:]).double().mean(1)
 
+    def best_handover(self) -> tuple[int, float]:
+        """The layer that turns an earlier member into the answer in most prompts, and in which share of them.
+
+        Raises TaskError for a task without members.
+        """
+        share, layer = self.handovers().max(0)
+        return int(layer), float(share)
+
     def table(self) -> list[dict[str, Any]]:
         """A row per stage at the last of the positions, averaged over prompts.
 
-        The share of prompts whose likeliest token is the answer, mean probabilities of the answer and its rival, mean
-        lead in logits, the share of prompts with a lead, and the commonest likeliest token (its text where the model
-        has a tokenizer) with its share.
+        The share of prompts whose likeliest token is the answer, mean probabilities and median ranks (1 for the
+        likeliest) of the answer and its rival, mean lead in logits, the share of prompts with a lead, and the commonest
+        likeliest token (its text where the model has a tokenizer) with its share.
         """
         is_answer = (self.top_tokens[:, :, -1, 0, None] == self.task.answer_sets[0]).any(-1)
         rows = []
@@ -95,6 +107,8 @@ class Lens:
                     "top1": float(is_answer[i].double().mean()),
                     "answer": float(self.answer[i, :, -1].mean()),
                     "rival": float(self.rival[i, :, -1].mean()),
+                    "answer_rank": 1 + float(self.answer_rank[i, :, -1].double().median()),
+                    "rival_rank": 1 + float(self.rival_rank[i, :, -1].double().median()),
                     "lead": float(self.lead[i, :, -1].mean()),
                     "ahead": float((self.lead[i, :, -1] > 0).double().mean()),
                     "commonest": self.text(token),
@@ -112,7 +126,7 @@ class Lens:
 def lens(model: HookedTransformer, task: Task, *, positions: Positions = "last", top: int = 5) -> Lens:
     """Read every stage of the residual stream on a task's clean prompts.
 
-    positions: the last, each, or a list of positions (negative ones count from the end).
+    positions: the last, each, or a list of positions (negative ones count from the end), which are read in order.
     top: how many of the likeliest tokens are kept.
 
     Raises TaskError for a position outside the prompts.
@@ -168,8 +182,16 @@ def _read(
         for name, tokens in wanted.items():
             found.setdefault(name, []).append(sum_at(probabilities, tokens))
         rival = wanted.get("newest", wanted["wrong"])
+        found.setdefault("answer_rank", []).append(_rank(logits, wanted["answer"]))
+        found.setdefault("rival_rank", []).append(_rank(logits, rival))
         found.setdefault("lead", []).append(mean_at(logits, wanted["answer"]) - mean_at(logits, rival))
     return {name: torch.cat(parts).unflatten(0, shape).cpu() for name, parts in found.items()}
+
+
+def _rank(logits: Float[Tensor, "row d_vocab"], tokens: Int[Tensor, "row token"]) -> Int[Tensor, " row"]:
+    """How many tokens have a higher logit than the best of some, rows of which are filled up with −1."""
+    best = logits.gather(1, tokens.clamp(min=0)).masked_fill(tokens < 0, -torch.inf).amax(1)
+    return (logits > best[:, None]).sum(1)
 
 
 def _positions(task: Task, positions: Positions) -> list[int]:
@@ -181,4 +203,4 @@ def _positions(task: Task, positions: Positions) -> list[int]:
     if outside or not positions:
         what = f"position {outside[0]} is not there" if outside else "no positions"
         raise TaskError(f"task '{task.name}': {what}; its prompts have {task.pos} tokens")
-    return [position % task.pos for position in positions]
+    return sorted({position % task.pos for position in positions})

@@ -28,12 +28,15 @@ if TYPE_CHECKING:
     from subcircuit.analysis.study import StudySettings, study
     from subcircuit.analysis.sweep import Scores, sweep
     from subcircuit.analysis.tasks import Task, task, task_from_file, task_from_tokens, task_names
+    from subcircuit.analysis.transfer import Transfer, transfer
+    from subcircuit.engine.ablation import RowAblations
     from subcircuit.engine.cache import ActivationCache
     from subcircuit.engine.config import ModelConfig, RopeScaling
     from subcircuit.engine.errors import SubcircuitError
     from subcircuit.engine.model import HookedTransformer
     from subcircuit.engine.patching import Component, DeltaSession, Effects, Patch, Site, patch_effects
     from subcircuit.engine.patching.planner import Plan
+    from subcircuit.engine.steering import Steering, mean_difference, steered_source
     from subcircuit.weights.names import known_models, load
 
 _HOMES = {
@@ -45,12 +48,15 @@ _HOMES = {
     "analysis.study": ("StudySettings", "study"),
     "analysis.sweep": ("Scores", "sweep"),
     "analysis.tasks": ("Task", "task", "task_from_file", "task_from_tokens", "task_names"),
+    "analysis.transfer": ("Transfer", "transfer"),
+    "engine.ablation": ("RowAblations",),
     "engine.cache": ("ActivationCache",),
     "engine.config": ("ModelConfig", "RopeScaling"),
     "engine.errors": ("SubcircuitError",),
     "engine.model": ("HookedTransformer",),
     "engine.patching": ("Component", "DeltaSession", "Effects", "Patch", "Site", "patch_effects"),
     "engine.patching.planner": ("Plan",),
+    "engine.steering": ("Steering", "mean_difference", "steered_source"),
     "weights.names": ("known_models", "load"),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
@@ -69,12 +75,15 @@ __all__ = [
     "Patch",
     "Plan",
     "RopeScaling",
+    "RowAblations",
     "Scores",
     "Site",
+    "Steering",
     "StudySettings",
     "SubcircuitError",
     "Task",
     "TraceStep",
+    "Transfer",
     "__version__",
     "cross_task_scores",
     "discover",
@@ -83,17 +92,20 @@ __all__ = [
     "jaccard_matrix",
     "known_models",
     "load",
+    "mean_difference",
     "node_drops",
     "patch_effects",
     "plan",
     "random_circuits",
     "score",
+    "steered_source",
     "study",
     "sweep",
     "task",
     "task_from_file",
     "task_from_tokens",
     "task_names",
+    "transfer",
     "union",
 ]
 

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 import subcircuit as sc
-from subcircuit.commands import discover, generate, models, study, sweep, tasks
+from subcircuit.commands import discover, generate, heads, lens, models, study, sweep, tasks, transfer, vector
 from subcircuit.engine.errors import SubcircuitError
 
 app = typer.Typer(
@@ -25,7 +25,11 @@ for command in (
     study.study,
     sweep.sweep,
     discover.discover,
+    heads.heads,
+    lens.lens,
+    transfer.transfer,
     generate.generate,
+    vector.vector,
     models.models,
     tasks.tasks,
     models.info,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypedDict, Unpack
 
@@ -18,6 +18,7 @@ from subcircuit.engine.inputs import KVCache, Prompts
 
 if TYPE_CHECKING:
     from subcircuit.engine.model import HookedTransformer
+    from subcircuit.engine.steering import Steering
 
 
 class GenerateOptions(TypedDict, total=False):
@@ -29,6 +30,7 @@ class GenerateOptions(TypedDict, total=False):
     stop_at_eos: a prompt ends at the tokenizer's end-of-sequence token (default True).
     stop_tokens: further ids at which a prompt ends.
     hooks: set during every step; a hook sees the whole prompt first, then one position at a time.
+    steering: vectors to add; those for all positions at generated tokens too, others in the prompts alone.
     bos: override of the tokenizer's own rule for text prompts.
     attention_mask: which token ids of the prompts are real, `[batch, pos]`; padding must be on the left.
     """
@@ -40,6 +42,7 @@ class GenerateOptions(TypedDict, total=False):
     stop_at_eos: bool
     stop_tokens: tuple[int, ...]
     hooks: Iterable[Hook]
+    steering: Sequence[Steering]
     bos: bool | None
     attention_mask: Bool[Tensor, "batch pos"] | None
 
@@ -81,9 +84,12 @@ def generate(
     new: list[list[int]] = [[] for _ in batch.tokens]
     going = [True] * len(new)
     tokens, mask = batch.tokens, batch.mask
+    steering = options.get("steering", ())
     with model.hooks(options.get("hooks", ())):
-        for _ in range(max_new_tokens):
-            logits = model(tokens, attention_mask=mask, kv_cache=kv_cache)[:, -1]
+        for step in range(max_new_tokens):
+            acting = steering if step == 0 else [each for each in steering if each.positions is None]
+            with model.hooks([hook for each in acting for hook in each.hooks(model.config, mask)]):
+                logits = model(tokens, attention_mask=mask, kv_cache=kv_cache)[:, -1]
             next_ids = _choose(logits, temperature, top_k, top_p, generator)
             for i, token in enumerate(next_ids.tolist()):
                 going[i] = going[i] and token not in stop

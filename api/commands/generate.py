@@ -22,6 +22,10 @@ def generate(
     top_p: Annotated[float | None, typer.Option()] = None,
     seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
     bos: Annotated[bool | None, typer.Option("--bos/--no-bos", help="Override the tokenizer's own rule.")] = None,
+    steer: Annotated[
+        list[str] | None,
+        typer.Option(help="Add a vector, FILE@SITE*COEFFICIENT, as v.safetensors@r12*4; may be given several times."),
+    ] = None,
     dtype: DtypeOption = "float32",
     device: DeviceOption = "cpu",
     as_json: JsonOption = False,
@@ -30,8 +34,13 @@ def generate(
     prompts = [*(texts or []), *(prompt or [])]
     if not prompts:
         raise typer.BadParameter("no prompt to continue; expected one or more")
+    from subcircuit.analysis.vectors import parse_steering
+
+    steering = [parse_steering(text) for text in steer or []]
     loaded = sc.load(model, dtype=dtype, device=device, bos=bos)
-    result = loaded.generate(prompts, max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+    result = loaded.generate(
+        prompts, max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, steering=steering
+    )
     made = list(zip(prompts, result.texts or [], result.tokens, strict=True))
     if as_json:
         print(json.dumps([{"prompt": start, "text": text, "tokens": tokens} for start, text, tokens in made]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -40,6 +41,9 @@ def test_every_stage_reads_as_the_cache_does(case):
         torch.testing.assert_close(read.wrong[i, :, 0], probabilities[rows, task.wrong])
         newest = task.clean[:, 6]
         torch.testing.assert_close(read.rival[i, :, 0], probabilities[rows, newest])
+        for rank, tokens in ((read.answer_rank, task.answer), (read.rival_rank, newest)):
+            order = logits.argsort(-1, descending=True)
+            assert rank[i, :, 0].tolist() == [order[row].tolist().index(tokens[row]) for row in rows]
         torch.testing.assert_close(read.lead[i, :, 0], logits[rows, task.answer] - logits[rows, newest])
     torch.testing.assert_close(logits, model(task.clean)[:, -1])
 
@@ -61,11 +65,23 @@ def test_handovers_count_prompts_whose_layer_turns_a_member_into_the_answer(case
     tokens[2, :, -1, 0] = (task.answer + 1) % 50
     tokens[2, :3, -1, 0] = task.answer[:3]
     assert read.handovers()[0] == pytest.approx(3 / 11)
+    assert read.best_handover() == (0, pytest.approx(3 / 11))
+
+
+def test_the_rank_of_several_answers_is_that_of_the_best(case):
+    model, task = case
+    answers = torch.stack((task.answer, (task.answer + 3) % 50, torch.full_like(task.answer, -1)), 1)
+    answers[::2, 2] = (task.answer[::2] + 9) % 50
+    read = lens(model, replace(task, answers=answers))
+    single = [lens(model, replace(task, answer=(task.answer + shift) % 50)).answer_rank for shift in (0, 3, 9)]
+    expected = torch.minimum(single[0], single[1])
+    expected[:, ::2] = torch.minimum(expected, single[2])[:, ::2]
+    assert torch.equal(read.answer_rank, expected)
 
 
 def test_positions_are_each_or_those_asked_for(case):
     model, task = case
-    every, some = lens(model, task, positions="each"), lens(model, task, positions=[2, -1])
+    every, some = lens(model, task, positions="each"), lens(model, task, positions=[-1, 2])
     assert some.positions == (2, 8)
     torch.testing.assert_close(every.answer[:, :, [2, 8]], some.answer)
     with pytest.raises(TaskError, match="position 9 is not there"):

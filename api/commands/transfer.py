@@ -1,0 +1,132 @@
+"""subcircuit transfer."""
+
+from __future__ import annotations
+
+import json
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+import subcircuit as sc
+from subcircuit.console import new_table, out, progress_bars
+from subcircuit.options import DeviceOption, DtypeOption, JsonOption, ModelOption, NOption, QuietOption, SeedOption
+
+if TYPE_CHECKING:
+    from subcircuit.analysis.circuit import Circuit
+    from subcircuit.analysis.transfer import Transfer
+
+
+class AblationValue(StrEnum):
+    zero = "zero"
+    mean = "mean"
+
+
+def transfer(
+    model: ModelOption,
+    circuit: Annotated[
+        list[Path] | None, typer.Option("--circuit", "-c", help="A circuit's JSON file; may be given several times.")
+    ] = None,
+    heads: Annotated[
+        list[str] | None, typer.Option("--heads", help="A sub-circuit by its heads, such as a1.h0,a3.h2.")
+    ] = None,
+    kinds: Annotated[
+        str, typer.Option("--kinds", "-k", help="Joined by commas: interval_2, date_problems, months, …; or all.")
+    ] = "all",
+    n: NOption = 32,
+    seed: SeedOption = 0,
+    ablation: Annotated[
+        AblationValue, typer.Option(help="What stands in for a head's output: 0, or its mean over the prompts' tokens.")
+    ] = AblationValue.zero,
+    n_random: Annotated[int, typer.Option("--random", min=0, help="Random sets of as many other heads.")] = 20,
+    figure_file: Annotated[Path | None, typer.Option("--out", "-o", help="Draw the shares in this SVG file.")] = None,
+    dtype: DtypeOption = "float32",
+    device: DeviceOption = "cpu",
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Ablate a circuit's heads and let the model go on: does it still count, add, list months?"""
+    from subcircuit.analysis.store import write_whole
+    from subcircuit.analysis.study import suitable_threads
+    from subcircuit.analysis.transfer_figures import transfer_figure
+
+    circuits = _circuits(circuit or [], heads or [])
+    loaded = sc.load(model, dtype=dtype, device=device)
+    with progress_bars(quiet) as progress, suitable_threads(loaded):
+        found = sc.transfer(
+            loaded,
+            circuits,
+            () if kinds == "all" else [kind.strip() for kind in kinds.split(",") if kind.strip()],
+            n=n,
+            seed=seed,
+            ablation=ablation.value,
+            n_random=n_random,
+            progress=progress,
+        )
+    if figure_file is not None:
+        title = f"{model}: right answers without a circuit's heads"
+        write_whole(figure_file, transfer_figure(found.table(), title).encode("utf-8"))
+    if as_json:
+        print(json.dumps({"model": model, "ablation": found.ablation, "heads": found.heads, "kinds": _values(found)}))
+        return
+    _print(found)
+    if figure_file is not None:
+        out.print(f"\nFigure: {figure_file}")
+
+
+def _circuits(files: list[Path], heads: list[str]) -> dict[str, Circuit]:
+    """By the task each was found on, or its file's name where tasks are the same; and what several files share."""
+    loaded = [sc.Circuit.load(file) for file in files]
+    tasks = [circuit.task or file.stem for circuit, file in zip(loaded, files, strict=True)]
+    names = [task if tasks.count(task) == 1 else str(file) for task, file in zip(tasks, files, strict=True)]
+    circuits = dict(zip(names, loaded, strict=True))
+    shared = sc.intersection(loaded) if len(circuits) > 1 else None
+    if shared is not None and shared.heads:
+        circuits["shared"] = shared
+    circuits |= {each: sc.Circuit.of_nodes(part.strip() for part in each.split(",")) for each in heads}
+    if not circuits:
+        raise typer.BadParameter("nothing to ablate; expected --circuit or --heads")
+    return circuits
+
+
+def _values(found: Transfer) -> list[dict[str, Any]]:
+    by_kind = {kind.kind: kind for kind in found.kinds}
+    rows = []
+    for row in found.table():
+        kind = by_kind[row["kind"]]
+        made = zip(kind.prompts, kind.completions[row["circuit"]], kind.correct[row["circuit"]].tolist(), strict=True)
+        prompts = [
+            {"prompt": prompt.prompt, "expected": prompt.expected, "completion": text, "correct": correct}
+            for prompt, text, correct in made
+        ]
+        rows.append(row | {"prompts": prompts})
+    return rows
+
+
+def _print(found: Transfer) -> None:
+    for name, heads in found.heads.items():
+        out.print(f"{name}: without heads {' '.join(f'{layer}.{head}' for layer, head in heads)}")
+        if not found.random_heads[name]:
+            out.print("  no random sets: fewer other heads are left, or none were asked for")
+    stands_in = "0" if found.ablation == "zero" else "their mean"
+    out.print(f"\nHeads' outputs replaced by {stands_in}. Shares are of the prompts that the whole model answers.\n")
+    table = new_table("kind", "circuit", "answered", "still right", "95 %", "random heads", "95 %", "worst", "p")
+    for row in found.table():
+        answered = f"{row['n_answered']}/{row['n_asked']}"
+        intervals = [_interval(row, which) for which in ("share", "random")]
+        p = "–" if row["p"] is None else f"{row['p']:.2f}"
+        shares = _percent(row["share"]), intervals[0], _percent(row["random"]), intervals[1]
+        table.add_row(row["kind"], row["circuit"], answered, *shares, _percent(row["random_least"]), p)
+    out.print(table)
+    silent = [kind.kind for kind in found.kinds if not kind.prompts]
+    if silent:
+        out.print(f"\nThe whole model continues no prompt of {', '.join(silent)} rightly: nothing to compare.")
+
+
+def _percent(value: float | None) -> str:
+    return "–" if value is None else f"{value:.0%}"
+
+
+def _interval(row: dict[str, Any], which: str) -> str:
+    return "–" if row[which] is None else f"{row[f'{which}_low']:.0%}–{row[f'{which}_high']:.0%}"

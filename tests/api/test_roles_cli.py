@@ -1,0 +1,141 @@
+"""The commands heads, lens, transfer, vector and generate --steer as a person meets them."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+
+import pytest
+
+import subcircuit as sc
+from subcircuit import cli
+
+TINY = ("--model", "tiny-gpt2", "--n", 8)
+HEADS = [(0, 1), (1, 6), (2, 0)]
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Run a command in this process: (exit status, standard output, standard error)."""
+
+    def command(*arguments):
+        monkeypatch.setattr(sys, "argv", ["subcircuit", *map(str, arguments)])
+        status = 0
+        try:
+            cli.main()
+        except SystemExit as end:
+            status = end.code or 0
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    return command
+
+
+@pytest.fixture
+def circuit_file(tmp_path):
+    sc.Circuit(HEADS, [0, 1], task="months").save(tmp_path / "months.json")
+    return tmp_path / "months.json"
+
+
+def test_heads_of_a_circuit_with_roles_evidence_and_figures(run, circuit_file, tmp_path):
+    status, out, _ = run("heads", *TINY, "--task", "months", "--circuit", circuit_file, "--out", tmp_path / "f", "-q")
+    assert status == 0
+    assert "months: 3 heads of the circuit, 8 prompts" in out
+    assert re.search(r"a0\.h1 +next member +newest member 0\.\d\d \(needs > 0\.\d\d\); OV next", out)
+    assert re.search(r"a1\.h6 +similar member", out)
+    written = {file.name for file in (tmp_path / "f").iterdir()}
+    assert written == {"roles.svg", "months.ov.svg", *(f"months.attention.a{i}.h{j}.svg" for i, j in HEADS)}
+    assert "Figures: 5" in out
+
+
+def test_roles_of_two_tasks_are_compared(run):
+    status, out, _ = run("heads", *TINY, "--tasks", "months,numerals", "--top", 6, "-q", "--json")
+    assert status == 0
+    values = json.loads(out)
+    assert set(values["tasks"]) == {"months", "numerals"}
+    months = values["tasks"]["months"]["heads"]
+    assert len(months) == 6
+    assert all(head["roles"] for head in months)
+    assert {"ov", "qk_similar", "direct", "evidence", "attention"} <= set(months[0])
+    shared = {(row["head"], row["role"]): row["tasks"] for row in values["shared_roles"]}
+    assert shared["a1.h6", "similar member"] == ["months", "numerals"]
+
+
+def test_lens_says_where_the_answer_takes_over(run, tmp_path):
+    status, out, _ = run("lens", *TINY, "--task", "months", "--positions", "each", "--out", tmp_path)
+    assert status == 0
+    stages = re.findall(r"^(the embedding|layer \d, \w+) ", out.split("In half")[0], re.MULTILINE)
+    assert len(stages) == 9
+    assert re.search(r"answer leads the last member for good after layer \d, \w+;", out)
+    assert re.search(r"Most often layer \d does: in \d+% of the prompts", out)
+    assert out.count("First prompt, position") == 23
+    assert re.search(r"^m3 +[+-]\d", out, re.MULTILINE)
+    assert {file.name for file in tmp_path.iterdir()} == {f"months.{n}.svg" for n in ("lens", "tokens", "direct")}
+    status, out, _ = run("lens", *TINY, "--task", "months", "--neurons", 2, "--top", 3, "--json")
+    values = json.loads(out)
+    assert values["stages"][-1]["answer_rank"] == 1
+    assert len(values["first_prompt"]["top"][0][0]) == 3
+    assert sum(row["kind"] == "neuron" for row in values["direct"]) == 2
+    assert len(values["handovers"]) == 4
+
+
+def test_transfer_compares_a_circuit_with_random_heads(run, circuit_file, tmp_path):
+    arguments = ("transfer", *TINY, "--circuit", circuit_file, "--kinds", "months,interval_2", "--random", 3, "-q")
+    status, out, _ = run(*arguments, "--out", tmp_path / "t.svg")
+    assert status == 0
+    assert "months: without heads 0.1 1.6 2.0" in out
+    assert re.search(r"^months +months +8/8 +\d+% ", out, re.MULTILINE)
+    assert "no prompt of interval_2 rightly" in out
+    assert (tmp_path / "t.svg").read_text().startswith("<svg")
+    status, out, _ = run(*arguments, "--heads", "a3.h0,a3.h1", "--ablation", "mean", "--json")
+    rows = {(row["kind"], row["circuit"]): row for row in json.loads(out)["kinds"]}
+    mine = rows["months", "months"]
+    assert mine["share"] == sum(prompt["correct"] for prompt in mine["prompts"]) / 8
+    assert rows["months", "a3.h0,a3.h1"]["n_heads"] == 2
+    assert rows["interval_2", "months"]["share"] is None
+
+
+def test_a_vector_is_made_and_steers(run, tmp_path):
+    file, prompt = tmp_path / "v.safetensors", "Ring lost in 2. Van lost in 3. Box lost in"
+    made = ("vector", "-m", "tiny-gpt2", "--at", "r2", "--towards", "Ring lost in May. Van lost in June. Box lost in")
+    status, out, _ = run(*made, "--away-from", prompt, "--out", file)
+    assert status == 0
+    assert f"--steer {file}@r2" in out
+    texts = []
+    for steer in ((), ("--steer", f"{file}@r2*0"), ("--steer", f"{file}@r2@-1*2")):
+        status, out, _ = run("generate", "-m", "tiny-gpt2", prompt, "--max-new-tokens", 1, *steer, "--json")
+        assert status == 0
+        texts.append(json.loads(out)[0]["text"])
+    assert texts[:2] == [" 4", " 4"]
+    assert texts[2] != " 4"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("heads", *TINY, "--task", ","), "no task"),
+        (("heads", *TINY, "--task", "colours"), "'colours'"),
+        (("heads", *TINY, "--task", "months", "--circuit", "nowhere.json"), "nowhere.json"),
+        (("lens", *TINY, "--task", "months", "--positions", "30"), "position 30 is not there"),
+        (("transfer", *TINY, "--kinds", "months"), "nothing to ablate"),
+        (("transfer", *TINY, "--heads", "a9.h0"), "'a9.h0' does not exist"),
+        (("transfer", *TINY, "--heads", "a0.h0", "--kinds", "sums"), "kind 'sums' is not known"),
+        (("transfer", *TINY, "--heads", "m0", "--kinds", "months"), "no heads to ablate"),
+        (("generate", "-m", "tiny-gpt2", "May", "--steer", "nowhere.safetensors@r2"), "nowhere.safetensors"),
+        (("vector", "-m", "tiny-gpt2", "--at", "r2", "--towards", "May", "--away-from", "", "-o", "v"), "empty"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_status_2(run, arguments, words):
+    status, out, err = run(*arguments, *(("-q",) if arguments[0] in ("heads", "transfer") else ()))
+    assert (status, out) == (2, "")
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert words in err
+
+
+def test_a_circuit_of_a_head_that_the_model_lacks_is_an_error(run, tmp_path):
+    sc.Circuit([(9, 0)], [], task="months").save(tmp_path / "far.json")
+    status, _, err = run("heads", *TINY, "--task", "months", "--circuit", tmp_path / "far.json", "-q")
+    assert status == 2
+    assert "a9.h0 does not exist" in err
