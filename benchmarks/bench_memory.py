@@ -1,8 +1,8 @@
 """Peak memory of a sweep beside the weights, for several budgets, against the budget and the plan.
 
-A random model of GPT-2 Small's shape, 1,536 prompts of 23 tokens that differ from the fifth on, a head or a few spread
-over the layers: more heads take longer, but no more memory. Each budget has a process of its own; measured is how much its
-resident set grows, at its peak, over what it is once the model is in memory.
+A random model of GPT-2 Small's shape, 1,536 prompts of 23 tokens that differ from the fifth on, and a head or a few:
+more heads take longer, but no more memory. Each budget has a process of its own; measured is how much its resident set
+grows, at its peak, over what it is once the model is in memory.
 
     python benchmarks/bench_memory.py [--budget 4GB --budget 1GB] [--heads 1] [--precision fp32]
 """
