@@ -132,7 +132,7 @@ def _report_check(scores: sc.Scores) -> None:
         from subcircuit.analysis.check import Check
 
         print(f"error: the sweep's check failed: {Check(**check)}", file=sys.stderr)
-        raise typer.Exit(1)
+        raise SystemExit(1)
 
 
 def _print_plan(plan: sc.Plan) -> None:
@@ -150,9 +150,8 @@ def _print_plan(plan: sc.Plan) -> None:
     out.print(f"Clean runs: {_flops(plan.clean_flops)}; all: {share:.1%} of a full forward pass per row")
     parts = {"copies of weights": plan.copied_bytes, "clean": plan.clean_bytes, "rows": plan.chunk_bytes}
     listed = ", ".join(f"{name} {n_bytes / 1e6:,.1f} MB" for name, n_bytes in parts.items())
-    out.print(
-        f"Memory beside the weights: {plan.peak_bytes / 1e6:,.1f} MB of {plan.budget_bytes / 1e6:,.0f} ({listed})"
-    )
+    peak, budget = (n_bytes / 1e6 for n_bytes in (plan.peak_bytes, plan.budget_bytes))
+    out.print(f"Memory beside the weights: {peak:,.1f} MB of {budget:,.0f} MB ({listed})")
     if plan.seconds is not None:
         out.print(f"Time on this machine, {plan.executor} {plan.precision}: about {plan.seconds:.1f} s")
 

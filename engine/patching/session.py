@@ -291,6 +291,8 @@ class DeltaSession:
                 work()  # where memory runs out now, the prompts are cut
             elif not fits(work):
                 self._n_halvings += 1
+                n_tokens = len(chunk.sets) * run.n_prompts * (self.n_pos - chunk.start.first)
+                self._layout = replace(self._layout, max_tokens=max(1, n_tokens // 2))  # for the chunks to come
                 waiting[:0] = [replace(chunk, sets=tuple(half)) for half in halves(chunk.sets)]
                 continue
             if count is not None:

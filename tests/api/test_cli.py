@@ -9,6 +9,7 @@ import shlex
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from rich.console import Console
 
 import subcircuit as sc
 from subcircuit import cli, console, options
+from subcircuit.analysis import sweep as sweep_module
 
 
 @pytest.fixture
@@ -64,6 +66,52 @@ def test_json_is_all_that_standard_output_holds(run):
     assert json.loads(out)["n_layers"] == 4
     status, out, _ = run("models", "--json")
     assert "tiny-gpt2" in {model["name"] for model in json.loads(out)}
+
+
+def test_a_dry_run_prints_the_plan_and_patches_nothing(run, monkeypatch):
+    monkeypatch.setattr(sc, "sweep", lambda *_, **__: pytest.fail("the sweep ran"))
+    dry = ("sweep", *TINY, "--task", "months", "--dry-run")
+    status, out, _ = run(*dry)
+    assert status == 0
+    assert "32 sites × 4 prompts of 23 tokens = 128 rows, in 4 chunks" in out
+    assert re.search(r"^3 +8 +[\d.]+ GFLOP +[\d.]+ GFLOP$", out, re.MULTILINE)
+    assert re.search(r"Time on this machine, torch fp32: about [\d.]+ s", out)
+    status, out, _ = run(*dry, "--json", "--budget", "10MB", "--components", "mlps")
+    plan = json.loads(out)
+    assert (plan["n_rows"], plan["budget_bytes"], plan["sites_by_layer"]) == (16, 10_000_000, [1, 1, 1, 1])
+    assert plan["seconds"] > 0
+
+
+def test_a_sweep_is_checked_and_one_that_fails_ends_with_status_1(run, tmp_path, monkeypatch):
+    sweep = ("sweep", *TINY, "--task", "months", "--out", tmp_path / "s.csv", "--quiet")
+    status, out, err = run(*sweep)
+    assert (status, err) == (0, "")
+    assert "Check: 4 rows once more in float64: relative error" in out
+    status, out, _ = run(*sweep, "--check", 0, "--json")
+    assert "check" not in json.loads(out)["settings"]
+    right = sweep_module.patch_effects
+
+    def wrong(*arguments, **options):
+        result = right(*arguments, **options)
+        return replace(result, effects=result.effects * 1.01)
+
+    monkeypatch.setattr(sweep_module, "patch_effects", wrong)
+    for more in ((), ("--json",)):
+        (tmp_path / "s.csv").unlink()
+        status, out, err = run(*sweep, *more)
+        assert status == 1
+        assert err.startswith("error: the sweep's check failed: 4 rows once more in float64: relative error 1.0e-02")
+        assert err.count("\n") == 1
+        assert len((tmp_path / "s.csv").read_text().splitlines()) == 33
+        assert not more or json.loads(out)["settings"]["check"]["passed"] is False
+
+
+@pytest.mark.parametrize(
+    ("text", "n_bytes"),
+    [("4GB", 4 * 10**9), ("1.5GiB", 3 * 2**29), ("512 mib", 2**29), ("2000000", 2 * 10**6), (None, None)],
+)
+def test_sizes_of_memory_read_as_people_write_them(text, n_bytes):
+    assert options.bytes_of(text) == n_bytes
 
 
 def test_discover_writes_a_circuit_or_a_graph(run, tmp_path):
@@ -203,6 +251,8 @@ def test_bars_on_a_terminal_show_rate_and_time_left(monkeypatch):
         (("sweep", *TINY, "--task", "months", "--positions", "last"), "positions 'last'"),
         (("sweep", *TINY, "--task", "months", "--precision", "fp8"), "fp8"),
         (("sweep", *TINY, "--task", "months", "--device", "abacus"), "abacus"),
+        (("sweep", *TINY, "--task", "months", "--budget", "much"), "memory 'much'"),
+        (("sweep", *TINY, "--task", "months", "--dry-run", "--executor", "reference"), "'reference' has no plan"),
         (("sweep", "--task", "months"), "--model"),
         (("discover", *TINY, "--task", "months", "--method", "guess"), "'guess' is not known"),
         (("discover", *TINY, "--task", "months", "--threshold", "-1"), "must be positive"),

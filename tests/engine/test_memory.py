@@ -56,9 +56,11 @@ def test_rows_that_do_not_fit_are_halved(case, monkeypatch, error):
     expected = patch_effects(model, prompts, sites_of(model), precision="fp64")
     assert expected.n_halvings == 0
     failed = run_out(monkeypatch, "enter", lambda run, sets, *_: len(sets) if len(sets) > 1 else 0, error)
-    result = patch_effects(model, prompts, sites_of(model), precision="fp64")
+    session = DeltaSession(model, prompts, precision="fp64")
+    result = session.effects(sites_of(model))
     assert result.n_halvings == len(failed) > 0
     assert relative_error(result.effects, expected.effects) < 1e-12
+    assert session.effects(sites_of(model)).n_halvings < result.n_halvings  # later calls begin with smaller chunks
 
 
 def test_prompts_that_do_not_fit_are_halved_for_later_calls_too(case, monkeypatch):
