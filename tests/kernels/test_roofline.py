@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from torch.utils.flop_counter import FlopCounterMode
 
 from patching_cases import CONFIGS, random_model, random_prompts
 from subcircuit.engine.patching import DeltaSession
-from subcircuit.kernels.roofline import CHIPS, GPT2_SMALL, LLAMA2_7B, Cost, Model, sweep_costs, vocabulary
+from subcircuit.kernels.roofline import (
+    CHIPS,
+    GPT2_SMALL,
+    LLAMA2_7B,
+    Cost,
+    Model,
+    attention_steps,
+    main,
+    mlp_steps,
+    sweep_costs,
+    vocabulary,
+)
 
 N_PROMPTS, N_POS = 2, 7
 
@@ -68,10 +80,16 @@ def test_the_bound_is_the_unit_that_is_busy_longest():
     assert Cost(bytes=chip.bandwidth, float32=chip.float32 * 3).bound(chip) == "float32 units"
 
 
+def test_the_page_in_docs_is_the_one_that_is_printed(capsys):
+    assert main(["--no-aot"]) == 0
+    printed = capsys.readouterr().out
+    assert "predicted, not measured" in printed
+    written = (Path(__file__).parents[2] / "docs/kernels.md").read_text(encoding="utf-8")
+    assert written.startswith(printed)
+
+
 @pytest.mark.parametrize(("model", "millions"), [(GPT2_SMALL, 85), (LLAMA2_7B, 6476)])
 def test_a_token_in_all_layers_costs_two_operations_per_weight(model, millions):
-    from subcircuit.kernels.roofline import attention_steps, mlp_steps
-
     steps = [*attention_steps(model, 1, 1), *mlp_steps(model, 1)]
     operations = model.n_layers * sum(n * cost.bfloat16 for _, n, cost in steps)
     assert operations / 2e6 == pytest.approx(millions, rel=0.01)
