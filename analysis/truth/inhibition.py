@@ -1,0 +1,115 @@
+"""S-inhibition: which of two names was not repeated, with the main roles of the circuit for indirect object
+identification (Wang et al. 2022, arXiv 2211.00593)."""
+
+from __future__ import annotations
+
+import random
+
+from subcircuit.analysis.truth.blueprint import ONE, OUT, Blueprint, Feature, Head, Match, Prompt
+
+N_NAMES = 10
+N_WORDS = 6
+SHARP = 12.0
+NEGATIVE = 0.5
+"""What the negative name mover takes away of the name that each name mover brings."""
+
+BOS, FIRST_NAME, FIRST_WORD, END = 0, 1, 1 + N_NAMES, 1 + N_NAMES + N_WORDS
+
+
+def _draw(rng: random.Random) -> Prompt:
+    """Two names, one of them again, and END; the name to predict is the other.
+
+    The corrupted prompt asks for the name that the clean one repeats: it stands where the clean answer stood, and a
+    third name is where it stood itself. The repetition is at one of two positions, in the corrupted prompt at the
+    other one.
+    """
+    answer, repeated, third = rng.sample(range(FIRST_NAME, FIRST_NAME + N_NAMES), 3)
+    words = [rng.randrange(FIRST_WORD, FIRST_WORD + N_WORDS) for _ in range(3)]
+    swapped, late = rng.random() < 0.5, rng.random() < 0.5
+    return Prompt(
+        clean=_prompt((answer, repeated), words, swapped, late),
+        corrupted=_prompt((repeated, third), words, swapped, not late),
+        answer=answer,
+        wrong=repeated,
+    )
+
+
+def _prompt(names: tuple[int, int], words: list[int], swapped: bool, late: bool) -> tuple[int, ...]:
+    """The second of the names is the one that is repeated."""
+    first, second = reversed(names) if swapped else names
+    again = (words[2], names[1]) if late else (names[1], words[2])
+    return BOS, first, words[0], second, words[1], *again, END
+
+
+def _embedding() -> tuple[tuple[Feature, ...], ...]:
+    names = [(("name", i), ("a name", 0)) for i in range(N_NAMES)]
+    return (("bos", 0),), *names, *((("word", i),) for i in range(N_WORDS)), (("end", 0),)
+
+
+def _name_mover(weight: float) -> Head:
+    return Head(
+        matches=(
+            Match(ONE, "a name", SHARP),
+            Match("inhibited", "name", -SHARP),
+            Match(ONE, "bos", SHARP / 2),
+        ),
+        moves=(("name", OUT, weight),),
+    )
+
+
+INHIBITION = Blueprint(
+    name="inhibition",
+    description="A duplicate-token head writes to a repeated name which name it is, and that it is a repetition; the "
+    "S-inhibition head finds the repetition and brings its name to the last token; name movers attend from there to "
+    "names, but not to that one, and write the name to the logits, which the negative name mover works against.",
+    sizes={
+        "bos": 1,
+        "name": N_NAMES,
+        "a name": 1,
+        "word": N_WORDS,
+        "end": 1,
+        "duplicate": N_NAMES,
+        "a duplicate": 1,
+        "inhibited": N_NAMES,
+        OUT: N_NAMES,
+    },
+    embedding=_embedding(),
+    predicts=tuple(range(FIRST_NAME, FIRST_NAME + N_NAMES)),
+    stages=(
+        {
+            "duplicate token": Head(
+                matches=(Match("name", "name", SHARP), Match(ONE, "bos", SHARP / 2)),
+                # A name is no repetition of itself.
+                offset=lambda distance: -2 * SHARP * (distance == 0),
+                moves=(("name", "duplicate", 1.0), ("a name", "a duplicate", 1.0)),
+            )
+        },
+        {
+            "S-inhibition": Head(
+                matches=(Match("end", "a duplicate", SHARP), Match(ONE, "bos", SHARP / 2)),
+                moves=(("duplicate", "inhibited", 1.0),),
+            )
+        },
+        {"name mover 1": _name_mover(1.0), "name mover 2": _name_mover(1.0)},
+        {"negative name mover": _name_mover(-NEGATIVE)},
+    ),
+    edges=(
+        ("input", "duplicate token.q"),
+        ("input", "duplicate token.k"),
+        ("input", "duplicate token.v"),
+        ("duplicate token", "S-inhibition.k"),
+        ("duplicate token", "S-inhibition.v"),
+        *(
+            edge
+            for mover in ("name mover 1", "name mover 2", "negative name mover")
+            for edge in (
+                ("S-inhibition", f"{mover}.q"),
+                ("input", f"{mover}.k"),
+                ("input", f"{mover}.v"),
+                (mover, "logits"),
+            )
+        ),
+    ),
+    n_pos=8,
+    draw=_draw,
+)
