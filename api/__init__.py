@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from subcircuit.analysis.study import StudySettings, study
     from subcircuit.analysis.sweep import Scores, sweep
     from subcircuit.analysis.tasks import Task, task, task_from_file, task_from_tokens, task_names
+    from subcircuit.analysis.truth import Truth, truth, truth_names, truth_report, truth_table
     from subcircuit.engine.cache import ActivationCache
     from subcircuit.engine.config import ModelConfig, RopeScaling
     from subcircuit.engine.errors import SubcircuitError
@@ -42,6 +43,7 @@ _HOMES = {
     "analysis.study": ("StudySettings", "study"),
     "analysis.sweep": ("Scores", "sweep"),
     "analysis.tasks": ("Task", "task", "task_from_file", "task_from_tokens", "task_names"),
+    "analysis.truth": ("Truth", "truth", "truth_names", "truth_report", "truth_table"),
     "engine.cache": ("ActivationCache",),
     "engine.config": ("ModelConfig", "RopeScaling"),
     "engine.errors": ("SubcircuitError",),
@@ -70,6 +72,7 @@ __all__ = [
     "SubcircuitError",
     "Task",
     "TraceStep",
+    "Truth",
     "__version__",
     "cross_task_scores",
     "discover",
@@ -88,6 +91,10 @@ __all__ = [
     "task_from_file",
     "task_from_tokens",
     "task_names",
+    "truth",
+    "truth_names",
+    "truth_report",
+    "truth_table",
     "union",
 ]
 

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 import subcircuit as sc
-from subcircuit.commands import discover, generate, models, study, sweep, tasks
+from subcircuit.commands import discover, generate, models, study, sweep, tasks, truth
 from subcircuit.engine.errors import SubcircuitError
 
 app = typer.Typer(
@@ -29,6 +29,7 @@ for command in (
     models.models,
     tasks.tasks,
     models.info,
+    truth.truth,
     study.report,
 ):
     app.command()(command)

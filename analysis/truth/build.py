@@ -16,7 +16,7 @@ from subcircuit.engine.config import ModelConfig
 from subcircuit.engine.errors import TaskError
 from subcircuit.engine.model import HookedTransformer
 from subcircuit.engine.patching import Component
-from subcircuit.engine.patching.graph import LOGITS
+from subcircuit.engine.patching.graph import LOGITS, Edge
 
 NOISE = "noise"
 """Family of features that distractors write and no part of the circuit reads."""
@@ -30,7 +30,8 @@ class Truth:
     """A model whose circuit is known by construction, and the task that the circuit does.
 
     `circuit` has the nodes and edges that carry what differs between clean and corrupted prompts to the answer; `roles`
-    say which node is what. `distractors` write noise, `inert` nodes write exactly nothing.
+    say which node is what, and `edge_roles` say it of the edges. `distractors` write noise, `inert` nodes write exactly
+    nothing.
     """
 
     name: str
@@ -39,9 +40,21 @@ class Truth:
     task: Task
     circuit: Circuit
     roles: dict[str, str]
+    edge_roles: dict[str, Edge]
     distractors: tuple[str, ...]
     inert: tuple[str, ...]
     description: str
+
+    def role(self, item: str | Edge) -> str:
+        """What a node or edge of the circuit is: `induction`, `previous token -> induction.k`.
+
+        Raises TaskError for one that does not belong to it.
+        """
+        known: dict[str, str | Edge] = {**self.roles, **self.edge_roles}
+        for role, which in known.items():
+            if which == item:
+                return role
+        raise TaskError(f"{item!r} does not belong to the circuit of known model '{self.name}'")
 
 
 def build(
@@ -89,9 +102,13 @@ def build(
     _scale(tensors, noisy, noise, config, task.clean)
     model = HookedTransformer(config, {name: value.to(dtype) for name, value in tensors.items()})
     roles = {role: str(node) for role, node in places.items()}
+    edge_roles = {
+        f"{sender} -> {receiver}": (roles.get(sender, sender), _receiver(receiver, places, config))
+        for sender, receiver in blueprint.edges
+    }
     circuit = Circuit.of_nodes(
         places.values(),
-        edges=tuple((roles.get(sender, sender), _receiver(name, places, config)) for sender, name in blueprint.edges),
+        edges=tuple(edge_roles.values()),
         model=config.name,
         task=blueprint.name,
         method="known by construction",
@@ -99,7 +116,9 @@ def build(
     )
     distractors = tuple(str(node) for node in free if node in noisy)
     inert = tuple(str(node) for node in free if node not in noisy)
-    return Truth(blueprint.name, family, model, task, circuit, roles, distractors, inert, blueprint.description)
+    return Truth(
+        blueprint.name, family, model, task, circuit, roles, edge_roles, distractors, inert, blueprint.description
+    )
 
 
 def _width(part: Head | Conjunctions, blueprint: Blueprint) -> int:
