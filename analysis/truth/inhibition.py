@@ -19,25 +19,23 @@ BOS, FIRST_NAME, FIRST_WORD, END = 0, 1, 1 + N_NAMES, 1 + N_NAMES + N_WORDS
 def _draw(rng: random.Random) -> Prompt:
     """Two names, one of them again, and END; the name to predict is the other.
 
-    The corrupted prompt asks for the name that the clean one repeats: it stands where the clean answer stood, and a
-    third name is where it stood itself. The repetition is at one of two positions, in the corrupted prompt at the
-    other one.
+    The corrupted prompt has other names. Were any the same, patching a single edge could lead to the right name by
+    another way. The repetition is at one of two positions, in the corrupted prompt at the other one.
     """
-    answer, repeated, third = rng.sample(range(FIRST_NAME, FIRST_NAME + N_NAMES), 3)
+    answer, repeated, wrong, other_repeated = rng.sample(range(FIRST_NAME, FIRST_NAME + N_NAMES), 4)
     words = [rng.randrange(FIRST_WORD, FIRST_WORD + N_WORDS) for _ in range(3)]
-    swapped, late = rng.random() < 0.5, rng.random() < 0.5
+    late = rng.random() < 0.5
     return Prompt(
-        clean=_prompt((answer, repeated), words, swapped, late),
-        corrupted=_prompt((repeated, third), words, swapped, not late),
+        clean=_prompt(answer, repeated, words, rng.random() < 0.5, late),
+        corrupted=_prompt(wrong, other_repeated, words, rng.random() < 0.5, not late),
         answer=answer,
-        wrong=repeated,
+        wrong=wrong,
     )
 
 
-def _prompt(names: tuple[int, int], words: list[int], swapped: bool, late: bool) -> tuple[int, ...]:
-    """The second of the names is the one that is repeated."""
-    first, second = reversed(names) if swapped else names
-    again = (words[2], names[1]) if late else (names[1], words[2])
+def _prompt(name: int, repeated: int, words: list[int], repeated_first: bool, late: bool) -> tuple[int, ...]:
+    first, second = (repeated, name) if repeated_first else (name, repeated)
+    again = (words[2], repeated) if late else (repeated, words[2])
     return BOS, first, words[0], second, words[1], *again, END
 
 

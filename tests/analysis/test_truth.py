@@ -18,7 +18,7 @@ from subcircuit.engine.errors import TaskError
 from subcircuit.engine.patching.graph import check_edge, edges
 
 SEED = random.randrange(10**6)
-MUCH, LITTLE = 0.25, 0.01
+MUCH, LITTLE = 0.2, 0.01
 """Shares of the clean logit difference: the least that a true part changes, the most that another one does."""
 
 
