@@ -76,7 +76,8 @@ def build(
     sizes = {ONE: 1, **blueprint.sizes, NOISE: N_NOISE}
     if family == "gpt2":
         sizes[POSITION] = blueprint.n_pos
-    space = Space(sizes, generator)
+    # The louder the noise, the larger the constant that keeps norms from noticing it.
+    space = Space(sizes, BASE * max(1.0, noise), generator)
     config = config_for(
         family,
         f"{blueprint.name}-{family}-{seed}",
@@ -172,9 +173,11 @@ def _frame(blueprint: Blueprint, config: ModelConfig, space: Space) -> dict[str,
     }
     for name, value in tensors.items():
         if name.endswith(("ln1.weight", "ln2.weight", "ln_final.weight")):
-            value.fill_(BASE / space.d_model**0.5)
+            value.fill_(space.base / space.d_model**0.5)
     for token, features in enumerate(blueprint.embedding):
-        tensors["embed.weight"][token] = BASE * space[ONE][:, 0] + sum(space.vector(feature) for feature in features)
+        tensors["embed.weight"][token] = space.base * space[ONE][:, 0] + sum(
+            space.vector(feature) for feature in features
+        )
     if POSITION in space:
         tensors["pos_embed.weight"] = space[POSITION].T.clone()
     tensors["unembed.weight"][list(blueprint.predicts)] = LOGIT * space[OUT].T

@@ -1,7 +1,7 @@
 """Weights by hand: from parts that are said in features to the matrices of a GPT-2 or a Llama.
 
-Norms. The stream holds one feature, ONE, that is BASE times as large as the others, and the norms' weight is
-BASE / √d_model: x ↦ x · BASE / ‖x‖ is the identity up to a relative error of ‖the others‖² / 2 BASE², one part in a
+Norms. The stream holds one feature, ONE, that is `base` times as large as the others, and the norms' weight is
+base / √d_model: x ↦ x · base / ‖x‖ is the identity up to a relative error of ‖the others‖² / 2 base², one part in a
 thousand or two. All features lie across the vector of ones, so LayerNorm has nothing to centre and equals RMSNorm.
 
 Positions. With learned ones the stream holds a feature per position, and a score is any table of (query position, key
@@ -36,7 +36,7 @@ HeadWeights = tuple[
 
 D_MLP = 64
 BASE = 100.0
-"""Size of the constant feature, in units of the others."""
+"""Size of the constant feature, in units of the larger of what the circuit and what distractors write."""
 STEEP = 24.0
 """Pre-activation of a neuron per unit of the features it reads: a conjunction fires at +12 and is silent at −12."""
 
@@ -46,9 +46,13 @@ N_FAST, FIRST_SLOW, MAX_POS = 8, 20, 12
 
 
 class Space:
-    """The residual stream as orthonormal features by family, turned at random: no feature is an axis of its own."""
+    """The residual stream as orthonormal features by family, turned at random: no feature is an axis of its own.
 
-    def __init__(self, sizes: Mapping[str, int], generator: torch.Generator) -> None:
+    `base` is the size of the constant feature, in units of the others.
+    """
+
+    def __init__(self, sizes: Mapping[str, int], base: float, generator: torch.Generator) -> None:
+        self.base = base
         self.d_model = 1 + sum(sizes.values())
         directions = torch.randn(self.d_model, self.d_model, dtype=torch.float64, generator=generator)
         directions[:, 0] = 1
@@ -65,7 +69,7 @@ class Space:
 
     def read(self, family: str) -> Float[Tensor, "d_model feature"]:
         """What reads a family's features in units of 1: its directions, ONE scaled back."""
-        return self[family] / BASE if family == ONE else self[family]
+        return self[family] / self.base if family == ONE else self[family]
 
     def vector(self, feature: Feature) -> Float[Tensor, "d_model"]:
         return self[feature[0]][:, feature[1]]
