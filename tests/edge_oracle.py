@@ -42,6 +42,8 @@ def metric_without(model: HookedTransformer, task: Task, cut: Sequence[Collectio
 
     def change(value: Tensor, receiver: str) -> Tensor:
         """What a receiver reads: its input, less what cut senders wrote, plus what they wrote in the corrupted run."""
+        if not is_cut[:, inputs[receiver]].any():
+            return value
         value = value.unflatten(0, (n_sets, n_prompts)).clone()
         for sender, now in written.items():
             rows = is_cut[:, inputs[receiver], names[sender]]
