@@ -25,7 +25,8 @@ ONE, POSITION, OUT = "one", "position", "out"
 class Match:
     """A term of a head's attention score: `strength` where query and key hold the same feature of two families.
 
-    `query` may be ONE, which every position holds, for keys that every query looks for.
+    `query` may be ONE, which every position holds, for keys that every query looks for. Strengths are in units of the
+    model's sharpness.
     """
 
     query: str
@@ -35,8 +36,9 @@ class Match:
 
 @dataclass(frozen=True)
 class Head:
-    """An attention head: its score is the sum of its matches and of `offset(query position − key position)`; it adds
-    each `moves` family of the attended position, times a weight, to another family."""
+    """An attention head: its score is the sum of its matches and of `offset(query position − key position)`, both in
+    units of the model's sharpness; it adds each `moves` family of the attended position, times a weight, to another
+    family."""
 
     matches: tuple[Match, ...]
     moves: tuple[tuple[str, str, float], ...]

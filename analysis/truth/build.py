@@ -66,6 +66,7 @@ def build(
     n_heads: int,
     n_distractors: int | None,
     noise: float,
+    sharpness: float,
     seed: int,
     dtype: torch.dtype,
 ) -> Truth:
@@ -98,7 +99,7 @@ def build(
     task = _task(blueprint, n_prompts, rng)
     tensors = _frame(blueprint, config, space)
     for role, part in blueprint.parts.items():
-        _install(part, places[role], config, space, tensors)
+        _install(part, places[role], config, space, sharpness, tensors)
     _fill(tensors, free, noisy, config, space, generator)
     _scale(tensors, noisy, noise, config, task.clean)
     model = HookedTransformer(config, {name: value.to(dtype) for name, value in tensors.items()})
@@ -113,7 +114,7 @@ def build(
         model=config.name,
         task=blueprint.name,
         method="known by construction",
-        settings={"family": family, "noise": noise, "n_distractors": n_noisy, "seed": seed},
+        settings={"family": family, "noise": noise, "n_distractors": n_noisy, "sharpness": sharpness, "seed": seed},
     )
     distractors = tuple(str(node) for node in free if node in noisy)
     inert = tuple(str(node) for node in free if node not in noisy)
@@ -185,13 +186,18 @@ def _frame(blueprint: Blueprint, config: ModelConfig, space: Space) -> dict[str,
 
 
 def _install(
-    part: Head | Conjunctions, node: Component, config: ModelConfig, space: Space, tensors: dict[str, Tensor]
+    part: Head | Conjunctions,
+    node: Component,
+    config: ModelConfig,
+    space: Space,
+    sharpness: float,
+    tensors: dict[str, Tensor],
 ) -> None:
     if isinstance(part, Conjunctions):
         for name, value in conjunction_weights(part, config, space).items():
             tensors[f"blocks.{node.layer}.mlp.{name}"].copy_(value)
         return
-    w_q, w_k, w_v, w_o = head_weights(part, config, space)
+    w_q, w_k, w_v, w_o = head_weights(part, config, space, sharpness)
     group = node.index // config.group_size
     for name, index, value in (("w_q", node.index, w_q), ("w_k", group, w_k), ("w_v", group, w_v)):
         _rows(tensors, node.layer, name, index, config).copy_(value.T)

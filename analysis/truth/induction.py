@@ -9,8 +9,6 @@ from subcircuit.analysis.truth.blueprint import ONE, OUT, Blueprint, Feature, He
 
 N_TOKENS = 12
 N_SHOWN = 8
-SHARP = 12.0
-"""Score by which a head prefers what it looks for: e⁻¹² of its attention goes elsewhere."""
 
 BOS = 0
 
@@ -50,14 +48,14 @@ INDUCTION = Blueprint(
         {
             "previous token": Head(
                 matches=(),
-                offset=lambda distance: SHARP * (distance == 1),
+                offset=lambda distance: float(distance == 1),
                 moves=(("token", "previous", 1.0),),
             )
         },
         {
             "induction": Head(
                 # Where nothing is found, attention rests on the beginning.
-                matches=(Match("token", "previous", SHARP), Match(ONE, "bos", SHARP / 2)),
+                matches=(Match("token", "previous", 1.0), Match(ONE, "bos", 0.5)),
                 moves=(("token", OUT, 1.0),),
             )
         },

@@ -9,7 +9,6 @@ from subcircuit.analysis.truth.blueprint import ONE, OUT, Blueprint, Feature, He
 
 N_NAMES = 10
 N_WORDS = 6
-SHARP = 12.0
 NEGATIVE = 0.5
 """What the negative name mover takes away of the name that each name mover brings."""
 
@@ -47,9 +46,9 @@ def _embedding() -> tuple[tuple[Feature, ...], ...]:
 def _name_mover(weight: float) -> Head:
     return Head(
         matches=(
-            Match(ONE, "a name", SHARP),
-            Match("inhibited", "name", -SHARP),
-            Match(ONE, "bos", SHARP / 2),
+            Match(ONE, "a name", 1.0),
+            Match("inhibited", "name", -1.0),
+            Match(ONE, "bos", 0.5),
         ),
         moves=(("name", OUT, weight),),
     )
@@ -76,15 +75,15 @@ INHIBITION = Blueprint(
     stages=(
         {
             "duplicate token": Head(
-                matches=(Match("name", "name", SHARP), Match(ONE, "bos", SHARP / 2)),
+                matches=(Match("name", "name", 1.0), Match(ONE, "bos", 0.5)),
                 # A name is no repetition of itself.
-                offset=lambda distance: -2 * SHARP * (distance == 0),
+                offset=lambda distance: -2.0 * (distance == 0),
                 moves=(("name", "duplicate", 1.0), ("a name", "a duplicate", 1.0)),
             )
         },
         {
             "S-inhibition": Head(
-                matches=(Match("end", "a duplicate", SHARP), Match(ONE, "bos", SHARP / 2)),
+                matches=(Match("end", "a duplicate", 1.0), Match(ONE, "bos", 0.5)),
                 moves=(("duplicate", "inhibited", 1.0),),
             )
         },

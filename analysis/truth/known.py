@@ -30,6 +30,7 @@ def truth(
     n_heads: int = 4,
     n_distractors: int | None = None,
     noise: float = 1.0,
+    sharpness: float = 12.0,
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
 ) -> Truth:
@@ -38,8 +39,9 @@ def truth(
     `family` is `gpt2` (LayerNorm, learned positions, GELU) or `llama` (RMSNorm, rotary positions, grouped keys and
     values, gated SiLU). The circuit's parts sit at random places among `n_layers` layers (two more than it needs by
     default) of `n_heads` heads; of the places that are left, `n_distractors` (half of them by default) write noise of
-    size `noise`, in units of what the circuit writes, and the others write nothing. All that is random, prompts
-    included, comes from `seed`.
+    size `noise`, in units of what the circuit writes, and the others write nothing. `sharpness` is the score by which
+    heads prefer what they look for: at 12, e⁻¹² of the attention goes to each other position, and hardly any gradient
+    flows through it. All that is random, prompts included, comes from `seed`.
 
     Raises TaskError for a name or family that is not known, or sizes into which the circuit does not fit.
     """
@@ -47,6 +49,8 @@ def truth(
         raise TaskError(f"known model {name!r} does not exist; expected one of {', '.join(BLUEPRINTS)}")
     if family not in FAMILIES:
         raise TaskError(f"family {family!r} is not known; expected one of {', '.join(FAMILIES)}")
+    if not (noise >= 0 and sharpness > 0):
+        raise TaskError(f"noise={noise}, sharpness={sharpness}: expected no negative noise, and a positive sharpness")
     if n < 1 or n_heads < 2 or n_heads % 2:
         raise TaskError(f"n={n}, n_heads={n_heads}: expected at least one prompt and an even number of heads")
     return build(
@@ -57,6 +61,7 @@ def truth(
         n_heads=n_heads,
         n_distractors=n_distractors,
         noise=noise,
+        sharpness=sharpness,
         seed=seed,
         dtype=dtype,
     )

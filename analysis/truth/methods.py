@@ -79,6 +79,7 @@ def truth_table(
     n: int = 16,
     n_distractors: int | None = None,
     noise: float = 1.0,
+    sharpness: float = 12.0,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[TruthRow]:
     """Every method on every known model in every form, `n_seeds` models of each from `seed` on, with `n` prompts.
@@ -94,7 +95,8 @@ def truth_table(
     cells = list(product(names, families))
     for i, (name, family) in enumerate(cells):
         seeds = range(seed, seed + n_seeds)
-        known = [truth(name, family, n=n, n_distractors=n_distractors, noise=noise, seed=each) for each in seeds]
+        make = partial(truth, name, family, n=n, n_distractors=n_distractors, noise=noise, sharpness=sharpness)
+        known = [make(seed=each) for each in seeds]
         for j, method in enumerate(chosen):
             rows += _rows(method, known)
             if progress is not None:

@@ -9,7 +9,6 @@ from subcircuit.analysis.truth.blueprint import ONE, OUT, Blueprint, Conjunction
 N_MEMBERS = 10
 N_WORDS = 6
 N_SHOWN = 4
-SHARP = 12.0
 
 BOS, FIRST_MEMBER, FIRST_WORD = 0, 1, 1 + N_MEMBERS
 
@@ -72,16 +71,16 @@ SUCCESSOR = Blueprint(
     stages=(
         {
             "similar member": Head(
-                matches=(Match("kind", "kind", SHARP),),
-                offset=lambda distance: SHARP * (distance == 2),
+                matches=(Match("kind", "kind", 1.0),),
+                offset=lambda distance: float(distance == 2),
                 moves=(("member", "earlier", 1.0),),
             )
         },
         {
             "next member": Head(
                 # Every member outdoes every word, and a newer one an older one.
-                matches=(Match(ONE, "member", 2 * SHARP),),
-                offset=lambda distance: -SHARP / 2 * distance,
+                matches=(Match(ONE, "member", 2.0),),
+                offset=lambda distance: -0.5 * distance,
                 moves=(("member", "newest", 1.0), ("earlier", "before", 1.0)),
             )
         },

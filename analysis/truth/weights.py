@@ -108,8 +108,8 @@ def config_for(
     )
 
 
-def head_weights(head: Head, config: ModelConfig, space: Space) -> HeadWeights:
-    """The matrices of a head that attends and moves as it is said to."""
+def head_weights(head: Head, config: ModelConfig, space: Space, sharpness: float) -> HeadWeights:
+    """The matrices of a head that attends and moves as it is said to; its scores are times `sharpness`."""
     w_q, w_k = torch.zeros(2, space.d_model, config.d_head, dtype=torch.float64)
     free = _match_dims(config)
     for match in head.matches:
@@ -124,7 +124,7 @@ def head_weights(head: Head, config: ModelConfig, space: Space) -> HeadWeights:
     target = torch.cat([space[family] * weight for _, family, weight in head.moves], dim=1)
     pad = (0, config.d_head - source.shape[1])
     w_v, w_o = torch.nn.functional.pad(source, pad), torch.nn.functional.pad(target, pad).T
-    return w_q * math.sqrt(config.d_head), w_k, w_v, w_o
+    return w_q * sharpness * math.sqrt(config.d_head), w_k, w_v, w_o
 
 
 def _match_dims(config: ModelConfig) -> list[int]:

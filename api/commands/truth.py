@@ -30,6 +30,7 @@ def truth(
     noise: Annotated[
         float, typer.Option(min=0, help="Size of what they write, in units of what a true node does.")
     ] = 1,
+    sharpness: Annotated[float, typer.Option(help="Score by which true heads prefer what they look for.")] = 12,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
@@ -46,6 +47,7 @@ def truth(
             n_seeds=n_seeds,
             n_distractors=n_distractors,
             noise=noise,
+            sharpness=sharpness,
             progress=lambda done, total: progress("methods on known models", done, total),
         )
     if as_json:

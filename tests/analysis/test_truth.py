@@ -129,6 +129,23 @@ def test_sizes_and_noise_are_as_asked_for():
     assert accuracy(known.model(known.task.clean), known.task.answer) == 1
 
 
+@pytest.mark.parametrize("name", truth_names())
+@pytest.mark.parametrize("family", FAMILIES)
+def test_heads_that_look_less_sharply_still_do_the_task_by_the_same_circuit(name, family):
+    print(f"seed {SEED}")
+    sharp, soft = (truth(name, family, seed=SEED, sharpness=sharpness) for sharpness in (12, 5))
+    task = soft.task
+    assert soft.circuit.edges == sharp.circuit.edges
+    assert accuracy(soft.model(task.clean), task.answer) == 1
+    less, full = (logit_difference(each.model(task.clean), task.answer, task.wrong).mean() for each in (soft, sharp))
+    assert 0.5 * full < less < 0.99 * full
+    scores = sweep(soft.model, task, "heads+mlps")
+    share = {str(site): abs(value) for site, value in zip(scores.sites, scores.share.tolist(), strict=True)}
+    true = set(soft.roles.values())
+    assert min(share[node] for node in true) > MUCH
+    assert max(value for node, value in share.items() if node not in true) < LITTLE
+
+
 def test_what_cannot_be_built_is_refused():
     with pytest.raises(TaskError, match="'magic' does not exist; expected one of induction, successor, inhibition"):
         truth("magic")
@@ -140,6 +157,8 @@ def test_what_cannot_be_built_is_refused():
         truth("induction", n_distractors=99)
     with pytest.raises(TaskError, match="even number of heads"):
         truth("induction", n_heads=3)
+    with pytest.raises(TaskError, match="noise=1.0, sharpness=0.0"):
+        truth("induction", sharpness=0.0)
     with pytest.raises(TaskError, match="needs 2 key-value heads in a layer, got 1"):
         truth("inhibition", "llama", n_heads=2)
     blueprint = BLUEPRINTS["induction"]
