@@ -12,6 +12,7 @@ FOLDERS = {
     "subcircuit.weights": "weights",
     "subcircuit.analysis": "analysis",
     "subcircuit.analysis.tasks": "analysis/tasks",
+    "subcircuit.analysis.truth": "analysis/truth",
     "subcircuit.commands": "api/commands",
 }
 

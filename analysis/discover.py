@@ -29,6 +29,7 @@ def discover(
     threshold: float = 20.0,
     first: Direction = "backward",
     max_sweeps: int | None = None,
+    both_sides: bool = False,
     source: Source = "mean",
     executor: Executor = "torch",
     precision: Precision = "fp32",
@@ -42,7 +43,8 @@ def discover(
     Start from every head and MLP. A backward sweep goes from the last layer down, in each layer the MLP and then the
     heads; a forward sweep from the first layer up, the heads and then the MLP. A candidate is removed for good if the
     score of what is left without it stays above 100 − `threshold`. Sweeps alternate until one changes nothing, or
-    `max_sweeps` is reached.
+    `max_sweeps` is reached. That rule lets go of every node that works against the answer, however much the score rises
+    without it; with `both_sides` a node stays as well if the score would exceed 100 + `threshold`.
 
     Candidates are evaluated several at a time under a guess of how the ones before them end; a decision is taken only
     when all those guesses were right, so every decision is the one that the sequential rule takes. `progress` is
@@ -62,7 +64,7 @@ def discover(
             model, task, source=source, executor=executor, precision=precision, budget_bytes=budget_bytes
         )
     at_once = candidates_per_batch or _candidates_per_batch(model, task)
-    pruning = _Pruning(ablation, threshold, at_once, progress)
+    pruning = _Pruning(ablation, threshold, both_sides, at_once, progress)
     pruning.run(first, max_sweeps)
     return Circuit(
         heads=[(node.layer, node.index) for node in pruning.kept if node.kind == "z"],
@@ -72,7 +74,13 @@ def discover(
         method="prune",
         score=pruning.score,
         trace=tuple(pruning.trace),
-        settings={**ablation.settings, "threshold": threshold, "first": first, "max_sweeps": max_sweeps},
+        settings={
+            **ablation.settings,
+            "threshold": threshold,
+            "first": first,
+            "max_sweeps": max_sweeps,
+            "both_sides": both_sides,
+        },
     )
 
 
@@ -82,6 +90,7 @@ class _Pruning:
 
     ablation: Ablation
     threshold: float
+    both_sides: bool
     at_once: int
     progress: Callable[[int, int], None] | None
 
@@ -108,7 +117,8 @@ class _Pruning:
             batch = candidates[done : done + self.at_once]
             scores = self._speculate(batch, guess)
             for node, score_without in zip(batch, scores, strict=True):
-                remove = 100 - score_without < self.threshold
+                lost = 100 - score_without
+                remove = (abs(lost) if self.both_sides else lost) < self.threshold
                 self._decide(number, direction, node, score_without, remove)
                 done += 1
                 if remove != guess:

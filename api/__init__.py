@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from subcircuit.analysis.tasks import Task, task, task_from_file, task_from_tokens, task_names
     from subcircuit.analysis.transfer import Transfer, transfer
     from subcircuit.engine.ablation import RowAblations
+    from subcircuit.analysis.truth import Truth, truth, truth_names, truth_report, truth_table
     from subcircuit.engine.cache import ActivationCache
     from subcircuit.engine.config import ModelConfig, RopeScaling
     from subcircuit.engine.errors import SubcircuitError
@@ -50,6 +51,7 @@ _HOMES = {
     "analysis.tasks": ("Task", "task", "task_from_file", "task_from_tokens", "task_names"),
     "analysis.transfer": ("Transfer", "transfer"),
     "engine.ablation": ("RowAblations",),
+    "analysis.truth": ("Truth", "truth", "truth_names", "truth_report", "truth_table"),
     "engine.cache": ("ActivationCache",),
     "engine.config": ("ModelConfig", "RopeScaling"),
     "engine.errors": ("SubcircuitError",),
@@ -84,6 +86,7 @@ __all__ = [
     "Task",
     "TraceStep",
     "Transfer",
+    "Truth",
     "__version__",
     "cross_task_scores",
     "discover",
@@ -106,6 +109,10 @@ __all__ = [
     "task_from_tokens",
     "task_names",
     "transfer",
+    "truth",
+    "truth_names",
+    "truth_report",
+    "truth_table",
     "union",
 ]
 

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 import subcircuit as sc
-from subcircuit.commands import discover, generate, heads, lens, models, study, sweep, tasks, transfer, vector
+from subcircuit.commands import discover, generate, heads, lens, models, study, sweep, tasks, transfer, truth, vector
 from subcircuit.engine.errors import SubcircuitError
 
 app = typer.Typer(
@@ -33,6 +33,7 @@ for command in (
     models.models,
     tasks.tasks,
     models.info,
+    truth.truth,
     study.report,
 ):
     app.command()(command)

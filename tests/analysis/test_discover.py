@@ -21,7 +21,7 @@ from subcircuit.weights.names import load
 SEED = random.randrange(10**6)
 
 
-def sequential_pruning(model, task, threshold, first="backward", max_sweeps=None):
+def sequential_pruning(model, task, threshold, first="backward", max_sweeps=None, both_sides=False):
     """The paper's rule as plainly as it can be said: one hooked forward per candidate."""
     config = model.config
     names = [f"blocks.{layer}.{name}" for layer in range(config.n_layers) for name in ("attn.hook_z", "hook_mlp_out")]
@@ -56,7 +56,7 @@ def sequential_pruning(model, task, threshold, first="backward", max_sweeps=None
             if node in removed:
                 continue
             without = 100 * metric(removed | {node}) / full
-            gone = 100 - without < threshold
+            gone = 100 - without < threshold and (not both_sides or without - 100 < threshold)
             name = f"m{node[0]}" if node[1] == "mlp" else f"a{node[0]}.h{node[1]}"
             trace.append((sweep, direction, name, without, gone))
             if gone:
@@ -111,6 +111,17 @@ def test_pruning_takes_the_decisions_of_the_sequential_rule(case, first, at_once
     assert len(removed) + len(circuit) == model.config.n_layers * (model.config.n_heads + 1)
     assert circuit.score == pytest.approx(final_score)
     assert score(model, task, circuit, precision="fp64") == pytest.approx(final_score)
+
+
+def test_pruning_on_both_sides_keeps_what_would_raise_the_score_too_far(case):
+    model, task = case
+    circuit = discover(model, task, threshold=30, both_sides=True, precision="fp64")
+    removed, final_score, trace = sequential_pruning(model.double(), task, 30, both_sides=True)
+    assert [(step.node, step.removed) for step in circuit.trace] == [(node, gone) for _, _, node, _, gone in trace]
+    assert circuit.score == pytest.approx(final_score)
+    assert abs(circuit.score - 100) < 30
+    assert len(removed) + len(circuit) == model.config.n_layers * (model.config.n_heads + 1)
+    assert circuit.settings["both_sides"]
 
 
 @pytest.mark.parametrize("name", ["numerals", "number_words", "months"])

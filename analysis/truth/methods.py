@@ -1,0 +1,134 @@
+"""The discovery methods held against known models, one row each, and the table of how they do."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import product
+from statistics import fmean
+from typing import Any
+
+from subcircuit.analysis.discover import discover
+from subcircuit.analysis.sweep import sweep
+from subcircuit.analysis.tasks import Task
+from subcircuit.analysis.truth.build import Truth
+from subcircuit.analysis.truth.known import BLUEPRINTS, FAMILIES, truth
+from subcircuit.analysis.truth.recovery import FIGURES, Found, truth_report
+from subcircuit.analysis.truth.weights import Family
+from subcircuit.engine.errors import PatchError
+from subcircuit.engine.model import HookedTransformer
+
+Method = Callable[[HookedTransformer, Task], Found]
+
+
+def _exact_sweep(source: str, model: HookedTransformer, task: Task) -> Found:
+    return Found.of_scores(sweep(model, task, "heads+mlps", source=source))
+
+
+def _pruning(source: str, both_sides: bool, model: HookedTransformer, task: Task) -> Found:
+    return Found.of_circuit(discover(model, task, source=source, both_sides=both_sides))
+
+
+METHODS: dict[str, Method] = {
+    "exact sweep, corrupted": partial(_exact_sweep, "corrupted"),
+    "exact sweep, mean": partial(_exact_sweep, "mean"),
+    "exact sweep, zero": partial(_exact_sweep, "zero"),
+    "pruning, mean": partial(_pruning, "mean", False),
+    "pruning, corrupted": partial(_pruning, "corrupted", False),
+    "pruning on both sides, mean": partial(_pruning, "mean", True),
+    "pruning on both sides, corrupted": partial(_pruning, "corrupted", True),
+}
+"""Methods by name: each takes a model and a task and says which nodes and edges it finds, as a set or a ranking."""
+
+
+@dataclass(frozen=True)
+class TruthRow:
+    """How a method does on one known model in one form, on its `nodes` or its `edges`.
+
+    Figures as in `Recovery`, each the mean over `n_seeds` models. `missed` are the roles that were not found in some of
+    them, `seconds` is the time per model.
+    """
+
+    model: str
+    family: Family
+    method: str
+    what: str
+    n_seeds: int
+    precision: float | None
+    recall: float | None
+    f1: float | None
+    auroc: float | None
+    average_precision: float | None
+    missed: tuple[str, ...]
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return asdict(self)
+
+
+def truth_table(
+    models: Iterable[str] | None = None,
+    *,
+    families: Iterable[Family] = FAMILIES,
+    methods: Iterable[str] | None = None,
+    n_seeds: int = 3,
+    seed: int = 0,
+    n: int = 16,
+    n_distractors: int | None = None,
+    noise: float = 1.0,
+    sharpness: float = 12.0,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[TruthRow]:
+    """Every method on every known model in every form, `n_seeds` models of each from `seed` on, with `n` prompts.
+
+    `progress` is called with (rows done, rows in all). Raises PatchError for a method that is not registered, TaskError
+    for a model or family that does not exist.
+    """
+    names, chosen = list(models or BLUEPRINTS), list(methods or METHODS)
+    for method in chosen:
+        if method not in METHODS:
+            raise PatchError(f"method {method!r} is not known; expected one of: {'; '.join(METHODS)}")
+    rows: list[TruthRow] = []
+    cells = list(product(names, families))
+    for i, (name, family) in enumerate(cells):
+        seeds = range(seed, seed + n_seeds)
+        make = partial(truth, name, family, n=n, n_distractors=n_distractors, noise=noise, sharpness=sharpness)
+        known = [make(seed=each) for each in seeds]
+        for j, method in enumerate(chosen):
+            rows += _rows(method, known)
+            if progress is not None:
+                progress(i * len(chosen) + j + 1, len(cells) * len(chosen))
+    return rows
+
+
+def _rows(method: str, known: Sequence[Truth]) -> list[TruthRow]:
+    """A method's row for nodes and, if it finds any, for edges, over models of one blueprint and form."""
+    start = time.perf_counter()
+    found = [METHODS[method](each.model, each.task) for each in known]
+    seconds = (time.perf_counter() - start) / len(known)
+    reports = [truth_report(what, each) for what, each in zip(found, known, strict=True)]
+    rows = []
+    for what in reports[0]:
+        missed = {each.role(item) for each, report in zip(known, reports, strict=True) for item in report[what].missed}
+        means = {figure: _mean([getattr(report[what], figure) for report in reports]) for figure in FIGURES}
+        rows.append(
+            TruthRow(
+                model=known[0].name,
+                family=known[0].family,
+                method=method,
+                what=what,
+                n_seeds=len(known),
+                missed=tuple(sorted(missed)),
+                seconds=seconds,
+                **means,
+            )
+        )
+    return rows
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    given = [value for value in values if value is not None]
+    return fmean(given) if given else None

@@ -1,0 +1,56 @@
+"""subcircuit truth."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+
+from subcircuit import cli
+
+QUICK = ("truth", "induction", "--family", "llama", "--method", "exact sweep, mean", "--n-seeds", "1", "--n", "4")
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Run a command in this process: (exit status, standard output, standard error)."""
+
+    def command(*arguments):
+        monkeypatch.setattr(sys, "argv", ["subcircuit", *arguments])
+        status = 0
+        try:
+            cli.main()
+        except SystemExit as end:
+            status = end.code or 0
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    return command
+
+
+def test_the_table_has_a_line_per_method_and_known_model(run):
+    status, out, err = run(*QUICK)
+    assert status == 0
+    assert len(out.splitlines()) == 2
+    assert "exact sweep, mean" in out
+    assert "1.000" in out
+    assert "methods on known models" in err
+
+
+def test_json_has_the_same_rows(run):
+    status, out, _ = run(*QUICK, "--json", "--quiet")
+    assert status == 0
+    (row,) = json.loads(out)
+    assert (row["model"], row["family"], row["precision"], row["recall"]) == ("induction", "llama", 1, 1)
+
+
+def test_what_does_not_exist_is_one_line_and_status_2(run):
+    for arguments, message in (
+        (("magic",), "known model 'magic' does not exist"),
+        (("--family", "mamba"), "family 'mamba' is not known"),
+        (("--method", "magic"), "method 'magic' is not known"),
+    ):
+        status, _, err = run("truth", "--quiet", *arguments)
+        assert (status, len(err.splitlines())) == (2, 1)
+        assert message in err
