@@ -13,6 +13,8 @@ FOLDERS = {
     "subcircuit.analysis": "analysis",
     "subcircuit.analysis.tasks": "analysis/tasks",
     "subcircuit.commands": "api/commands",
+    "subcircuit.bench": "api/bench",
+    "subcircuit.bench.workers": "api/bench/workers",
 }
 
 TEST = ["pytest>=8", "hypothesis>=6", "transformers>=4.56", "tokenizers>=0.20", "protobuf>=4"]

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 import subcircuit as sc
-from subcircuit.commands import discover, generate, models, study, sweep, tasks
+from subcircuit.commands import bench, discover, generate, models, study, sweep, tasks
 from subcircuit.engine.errors import SubcircuitError
 
 app = typer.Typer(
@@ -30,6 +30,7 @@ for command in (
     tasks.tasks,
     models.info,
     study.report,
+    bench.bench,
 ):
     app.command()(command)
 
