@@ -15,11 +15,16 @@ HARNESS = WORKERS / "harness.py"
 
 @dataclass(frozen=True)
 class Contestant:
-    """One row of the table: `name` in options and JSON, `title` for people, `worker` a file in workers/."""
+    """One row of the table: `name` in options and JSON, `title` for people, `worker` a file in workers/.
+
+    It needs `distribution` installed, of the version `major` if that is given.
+    """
 
     name: str
     title: str
     worker: str
+    distribution: str
+    major: int | None = None
     options: Mapping[str, str] = field(default_factory=dict)
     """For subcircuit: executor and precision."""
 
@@ -42,7 +47,9 @@ class Contestant:
 
 
 def _own(name: str, title: str, executor: str, precision: str) -> Contestant:
-    return Contestant(name, title, "subcircuit_sweep", {"executor": executor, "precision": precision})
+    return Contestant(
+        name, title, "subcircuit_sweep", "subcircuit", options={"executor": executor, "precision": precision}
+    )
 
 
 OWN = (
@@ -52,12 +59,12 @@ OWN = (
     _own("subcircuit-triton-bf16", "subcircuit on Triton, bfloat16", "triton", "bf16"),
 )
 PEERS = (
-    Contestant("plain_torch", "plain torch, cached prefix", "plain_torch"),
-    Contestant("transformers", "transformers + hooks", "transformers_hooks"),
-    Contestant("nnsight", "nnsight", "nnsight_traces"),
-    Contestant("transformer_lens3", "TransformerLens 3", "transformer_lens_3"),
-    Contestant("transformer_lens4", "TransformerLens 4", "transformer_lens_4"),
-    Contestant("pyvene", "pyvene", "pyvene_interventions"),
+    Contestant("plain_torch", "plain torch, cached prefix", "plain_torch", "torch"),
+    Contestant("transformers", "transformers + hooks", "transformers_hooks", "transformers"),
+    Contestant("nnsight", "nnsight", "nnsight_traces", "nnsight"),
+    Contestant("transformer_lens3", "TransformerLens 3", "transformer_lens_3", "transformer-lens", 3),
+    Contestant("transformer_lens4", "TransformerLens 4", "transformer_lens_4", "transformer-lens", 4),
+    Contestant("pyvene", "pyvene", "pyvene_interventions", "pyvene"),
 )
 REFERENCE = _own("reference", "subcircuit reference, float64", "reference", "fp64")
 

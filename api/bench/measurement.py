@@ -133,6 +133,7 @@ def run_worker(
     """What a contestant's process wrote, and its effects; None where it was skipped or failed."""
     settings = problem.settings
     job = {
+        "library": [contestant.distribution, contestant.major],
         "model": str(problem.model),
         "patches": patches,
         "runs": runs,

@@ -16,7 +16,11 @@ from subcircuit.options import DeviceOption, JsonOption, QuietOption, SeedOption
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from subcircuit.bench import Report, ScenarioResult
+    from subcircuit.bench import Measurement, Report, ScenarioResult
+
+
+LEGEND = """×: how many times as fast as that row subcircuit is. ≈: estimated from a sample of patches (--sample).
+error: of the effects, against full forwards in float64. GEMM share: matrix products at a plain product's rate."""
 
 
 class Scenario(StrEnum):
@@ -80,7 +84,7 @@ def bench(
     else:
         _print(report, directory)
     for row in report.wrong_rows:
-        err.print(f"{row.title}: {row.status}: {row.reason}")
+        err.print(f"error: {row.title} {row.status}: {row.reason}", soft_wrap=True)
     if report.wrong_rows:
         raise typer.Exit(1)
 
@@ -104,7 +108,8 @@ def _print(report: Report, directory: Path | None) -> None:
         out.print(_table(result))
         for row in result.rows:
             if row.reason:
-                out.print(f"{row.title}: {row.status}: {row.reason}")
+                out.print(f"{row.title} {row.status}: {row.reason}")
+    out.print(f"\n{LEGEND}")
     if report.grid:
         out.print("\nSeconds for all heads at other sizes:")
         out.print(_grid_table(report))
@@ -120,9 +125,13 @@ def _title(result: ScenarioResult) -> str:
     return what[0].upper() + what[1:]
 
 
+def _precision(row: Measurement) -> str:
+    return row.title.removeprefix("subcircuit").strip(", ")
+
+
 def _table(result: ScenarioResult) -> Table:
     own = [row for row in result.rows if row.name.startswith("subcircuit") and row.seconds is not None]
-    numbers = ("seconds", "patches/s", *(f"{row.title} is × faster" for row in own), "peak GB", "error", "GEMM share")
+    numbers = ("seconds", "patches/s", *(f"{_precision(row)} ×" for row in own), "peak GB", "error", "GEMM share")
     table = new_table("", *numbers)
     for column in table.columns[1:]:
         column.justify = "right"

@@ -4,15 +4,14 @@ The process may live in an environment that has neither subcircuit nor the other
 workers beside it import torch, safetensors and their own library only, and everything passes through files:
 
     job.json             model (a directory in Hugging Face's form), patches [[layer, head, position or null], …],
-                         runs, threads, device, and the contestant's own options
+                         runs, threads, device, the contestant's own options; library [distribution, major or null]
     job.safetensors      clean, corrupted [prompt, pos]; answer, wrong [prompt]
     result.json          version, seconds, peak memory; or why there is none
     result.safetensors   effects [patch, prompt]
 
-A worker is a module with `DISTRIBUTION`, `MAJOR` (of its version, None for any) and `prepare(job)`, which returns a
-`PatchByPatch` or a `WholeSweep`. The effect of a patch on a prompt is logit(answer) − logit(wrong) at the last
-position, with the head's z (its output before the output projection) replaced by the corrupted prompt's at one
-position or at all of them, less the same without a patch.
+A worker is a module with a function `prepare(job)` that returns a `PatchByPatch` or a `WholeSweep`. The effect of a
+patch on a prompt is logit(answer) − logit(wrong) at the last position, with the head's z (its output before the output
+projection) replaced by the corrupted prompt's at one position or at all of them, less the same without a patch.
 """
 
 from __future__ import annotations
@@ -105,16 +104,18 @@ def main() -> None:
     worker_file, directory = Path(sys.argv[1]), Path(sys.argv[2])
     # Python puts this file's folder first, where the workers lie; no library must be looked for there.
     sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).parent.resolve()]
+    values = json.loads((directory / "job.json").read_text(encoding="utf-8"))
     try:
+        version = installed_version(*values.pop("library"))
         worker = load_worker(worker_file)
-        version = installed_version(worker)
-        from safetensors.torch import save_file
-    except ImportError as error:
+        job = read_job(directory, values)
+        engine = worker.prepare(job)
+    except (ImportError, NotImplementedError) as error:
         write_result(directory, {"status": "skipped", "reason": str(error)})
         return
-    job = read_job(directory)
-    engine = worker.prepare(job)
     effects, measured = time_whole(engine, job) if hasattr(engine, "sweep") else time_each(engine, job)
+    from safetensors.torch import save_file
+
     save_file({"effects": effects.double().cpu().contiguous()}, directory / "result.safetensors")
     write_result(directory, {"status": "ok", "version": version, **versions(), **measured})
 
@@ -128,22 +129,21 @@ def load_worker(file: Path) -> ModuleType:
     return module
 
 
-def installed_version(worker: ModuleType) -> str:
-    """Version of the worker's library. Raises ImportError when it is absent or of another major version."""
+def installed_version(distribution: str, major: int | None) -> str:
+    """Version of the contestant's library. Raises ImportError when it is absent or of another major version."""
     try:
-        version = importlib.metadata.version(worker.DISTRIBUTION)
+        version = importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
-        raise ImportError(f"{worker.DISTRIBUTION} is not installed in {sys.prefix}") from None
-    if worker.MAJOR is not None and version.split(".")[0] != str(worker.MAJOR):
-        raise ImportError(f"{worker.DISTRIBUTION} {worker.MAJOR} is needed, and {sys.prefix} has {version}")
+        raise ImportError(f"{distribution} is not installed in {sys.prefix}") from None
+    if major is not None and version.split(".")[0] != str(major):
+        raise ImportError(f"{distribution} {major} is needed, and {sys.prefix} has {version}")
     return version
 
 
-def read_job(directory: Path) -> Job:
+def read_job(directory: Path, values: dict[str, Any]) -> Job:
     import torch
     from safetensors.torch import load_file
 
-    values = json.loads((directory / "job.json").read_text(encoding="utf-8"))
     values["patches"] = [Patch(*patch) for patch in values["patches"]]
     torch.set_num_threads(values["threads"])
     torch.set_grad_enabled(False)

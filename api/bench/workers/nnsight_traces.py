@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from nnsight import NNsight
+from nnsight import NNsight, save
 
 if TYPE_CHECKING:
     from subcircuit.bench.workers.harness import Job, Patch
-
-DISTRIBUTION, MAJOR = "nnsight", 0
 
 
 def prepare(job: Job) -> Traces:
@@ -28,10 +26,10 @@ class Traces:
     def start(self) -> Any:
         projections = self.projections
         with self.model.trace(input_ids=self.job.corrupted, use_cache=False):
-            kept = [projection.input.save() for projection in projections]
+            kept = save([projection.input for projection in projections])
         self.corrupted_z = [z.unflatten(-1, (self.n_heads, -1)) for z in kept]
         with self.model.trace(input_ids=self.job.clean, use_cache=False):
-            logits = self.model.output.logits.save()
+            logits = save(self.model.output.logits)
         return self.job.metric(logits)
 
     def patched(self, patch: Patch) -> Any:
@@ -41,5 +39,5 @@ class Traces:
             z = projection.input.unflatten(-1, (self.n_heads, -1)).clone()
             z[:, where, patch.head] = source[:, where, patch.head]
             projection.input = z.flatten(-2)
-            logits = self.model.output.logits.save()
+            logits = save(self.model.output.logits)
         return self.job.metric(logits)

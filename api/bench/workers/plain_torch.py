@@ -18,8 +18,6 @@ from safetensors.torch import load_file
 if TYPE_CHECKING:
     from subcircuit.bench.workers.harness import Job, Patch
 
-DISTRIBUTION, MAJOR = "torch", None
-
 
 def prepare(job: Job) -> CachedPrefix:
     return CachedPrefix(job)

@@ -14,8 +14,6 @@ from pyvene import IntervenableConfig, IntervenableModel, RepresentationConfig, 
 if TYPE_CHECKING:
     from subcircuit.bench.workers.harness import Job, Patch
 
-DISTRIBUTION, MAJOR = "pyvene", 0
-
 
 def prepare(job: Job) -> Interventions:
     return Interventions(job)

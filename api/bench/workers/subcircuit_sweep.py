@@ -11,8 +11,6 @@ from subcircuit.bench.gemm import gemm_rate, matrix_product_flops
 if TYPE_CHECKING:
     from subcircuit.bench.workers.harness import Job
 
-DISTRIBUTION, MAJOR = "subcircuit", None
-
 
 def prepare(job: Job) -> Sweep:
     return Sweep(job)

@@ -10,8 +10,6 @@ from transformer_lens.pretrained.weight_conversions import convert_gpt2_weights
 if TYPE_CHECKING:
     from subcircuit.bench.workers.harness import Job, Patch
 
-DISTRIBUTION, MAJOR = "transformer-lens", 3
-
 
 def prepare(job: Job) -> HookedRuns:
     return HookedRuns(job)

@@ -9,8 +9,6 @@ from transformer_lens.model_bridge import TransformerBridge
 if TYPE_CHECKING:
     from subcircuit.bench.workers.harness import Job, Patch
 
-DISTRIBUTION, MAJOR = "transformer-lens", 4
-
 
 def prepare(job: Job) -> BridgedRuns:
     return BridgedRuns(job)

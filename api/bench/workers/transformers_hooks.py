@@ -7,8 +7,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from subcircuit.bench.workers.harness import Job, Patch
 
-DISTRIBUTION, MAJOR = "transformers", None
-
 
 def prepare(job: Job) -> HookedForwards:
     return HookedForwards(job)
