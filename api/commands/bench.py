@@ -60,7 +60,7 @@ def bench(
     device: DeviceOption = "cpu",
     seed: SeedOption = 0,
     directory: Annotated[
-        Path | None, typer.Option("--out", "-o", help="Write bench.json and bench.svg to this directory.")
+        Path | None, typer.Option("--out", "-o", help="Write bench.json, bench.md and bench.svg to this directory.")
     ] = None,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
@@ -94,6 +94,7 @@ def _write(report: Report, directory: Path) -> None:
     from subcircuit.analysis.store import write_whole
 
     write_whole(directory / "bench.json", json.dumps(report.to_dict(), indent=1).encode("utf-8"))
+    write_whole(directory / "bench.md", _markdown(report).encode("utf-8"))
     for result in report.scenarios:
         timed = {row.title: row.patches_per_s for row in result.rows if row.patches_per_s is not None}
         n_own = sum(row.name.startswith("subcircuit") for row in result.rows if row.patches_per_s is not None)
@@ -129,26 +130,45 @@ def _precision(row: Measurement) -> str:
     return row.title.removeprefix("subcircuit").strip(", ")
 
 
-def _table(result: ScenarioResult) -> Table:
+def _cells(result: ScenarioResult) -> list[list[str]]:
+    """The table of a scenario: its heading, then a row for everybody who has a time."""
     own = [row for row in result.rows if row.name.startswith("subcircuit") and row.seconds is not None]
-    numbers = ("seconds", "patches/s", *(f"{_precision(row)} ×" for row in own), "peak GB", "error", "GEMM share")
-    table = new_table("", *numbers)
-    for column in table.columns[1:]:
-        column.justify = "right"
+    cells = [["", "seconds", "patches/s", *(f"{_precision(row)} ×" for row in own), "peak GB", "error", "GEMM share"]]
     for row in result.rows:
         if row.seconds is None:
             continue
-        ratios = [f"{result.times_faster(ours.name, row):.2f}" for ours in own]
-        table.add_row(
-            f"{row.title} ({row.version})",
-            f"{'≈ ' if row.estimated else ''}{row.seconds:.3g}",
-            f"{row.patches_per_s:.3g}",
-            *ratios,
-            f"{(row.peak_bytes or 0) / 1e9:.2f}",
-            f"{row.effect_error:.1e}",
-            "" if row.gemm_share is None else f"{row.gemm_share:.0%}",
+        cells.append(
+            [
+                f"{row.title} ({row.version})",
+                f"{'≈ ' if row.estimated else ''}{row.seconds:,.3g}",
+                f"{row.patches_per_s:,.3g}",
+                *(f"{result.times_faster(ours.name, row):.2f}" for ours in own),
+                f"{(row.peak_bytes or 0) / 1e9:.2f}",
+                f"{row.effect_error:.1e}",
+                "" if row.gemm_share is None else f"{row.gemm_share:.0%}",
+            ]
         )
+    return cells
+
+
+def _table(result: ScenarioResult) -> Table:
+    heading, *rows = _cells(result)
+    table = new_table(*heading)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for row in rows:
+        table.add_row(*row)
     return table
+
+
+def _markdown(report: Report) -> str:
+    """The tables as a page may hold them."""
+    lines = []
+    for result in report.scenarios:
+        heading, *rows = _cells(result)
+        ruler = ["---", *["---:"] * (len(heading) - 1)]
+        lines += [f"{_title(result)}:", "", *(f"| {' | '.join(cells)} |" for cells in (heading, ruler, *rows)), ""]
+    return "\n".join(lines)
 
 
 def _grid_table(report: Report) -> Table:

@@ -256,6 +256,9 @@ def test_the_command_writes_a_table_json_and_a_figure(run, tmp_path):
     assert min(ours["peak_bytes"], plain["peak_bytes"]) > 50e6
     assert scenario["times_faster"]["subcircuit-fp32"]["plain_torch"] == plain["seconds"] / ours["seconds"]
     assert "plain torch, cached prefix" in (tmp_path / "bench.svg").read_text()
+    table = [line for line in (tmp_path / "bench.md").read_text().splitlines() if line.startswith("|")]
+    assert len(table) == 4
+    assert len({line.count("|") for line in table}) == 1
 
 
 @pytest.mark.parametrize(
