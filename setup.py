@@ -14,6 +14,8 @@ FOLDERS = {
     "subcircuit.analysis.tasks": "analysis/tasks",
     "subcircuit.analysis.truth": "analysis/truth",
     "subcircuit.commands": "api/commands",
+    "subcircuit.bench": "api/bench",
+    "subcircuit.bench.workers": "api/bench/workers",
 }
 
 TEST = ["pytest>=8", "hypothesis>=6", "transformers>=4.56", "tokenizers>=0.20", "protobuf>=4"]

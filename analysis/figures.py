@@ -208,6 +208,23 @@ def random_figure(scores: Mapping[str, float], baselines: Mapping[str, Sequence[
         return _svg(figure)
 
 
+def bars_figure(values: Mapping[str, float], title: str, unit: str, n_first: int = 0) -> str:
+    """A horizontal bar per name with its number, the first `n_first` of them in a colour of their own."""
+    names = list(values)
+    highest = max(values.values(), default=0.0) or 1.0
+    left = 0.25 + _LETTER_INCHES * max((len(name) for name in names), default=0)
+    with mpl.rc_context(_STYLE):
+        figure, axes = _boxed(4.2, 0.27 * len(names), title, left, 0.75, 0.45)
+        colours = [PALETTE[0] if i < n_first else SOFT for i in range(len(names))]
+        axes.barh(range(len(names)), list(values.values()), color=colours, height=0.7)
+        for row, value in enumerate(values.values()):
+            text = f"{value:,.{0 if value >= 10 else 1}f}"
+            axes.annotate(text, (value, row), (4, 0), textcoords="offset points", va="center")
+        axes.set_yticks(range(len(names)), names)
+        axes.set(xlim=(0, highest), ylim=(len(names) - 0.5, -0.5), xlabel=unit)
+        return _svg(figure)
+
+
 def _boxed(width: float, height: float, title: str, left: float, right: float, below: float) -> tuple[Figure, Axes]:
     """A figure with a title and one plot of width × height inches, with given margins or as much as the title needs."""
     whole = (max(left + width + right, 0.2 + 1.2 * _LETTER_INCHES * len(title)), below + height + 0.42)

@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from subcircuit.analysis.sweep import Scores, sweep
     from subcircuit.analysis.tasks import Task, task, task_from_file, task_from_tokens, task_names
     from subcircuit.analysis.transfer import Transfer, transfer
-    from subcircuit.engine.ablation import RowAblations
     from subcircuit.analysis.truth import Truth, truth, truth_names, truth_report, truth_table
+    from subcircuit.engine.ablation import RowAblations
     from subcircuit.engine.cache import ActivationCache
     from subcircuit.engine.config import ModelConfig, RopeScaling
     from subcircuit.engine.errors import SubcircuitError

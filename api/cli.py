@@ -10,7 +10,20 @@ from typing import Annotated
 import typer
 
 import subcircuit as sc
-from subcircuit.commands import discover, generate, heads, lens, models, study, sweep, tasks, transfer, truth, vector
+from subcircuit.commands import (
+    bench,
+    discover,
+    generate,
+    heads,
+    lens,
+    models,
+    study,
+    sweep,
+    tasks,
+    transfer,
+    truth,
+    vector,
+)
 from subcircuit.engine.errors import SubcircuitError
 
 app = typer.Typer(
@@ -35,6 +48,7 @@ for command in (
     models.info,
     truth.truth,
     study.report,
+    bench.bench,
 ):
     app.command()(command)
 

@@ -47,3 +47,7 @@ class PatchError(SubcircuitError):
 
 class StoreError(SubcircuitError):
     """A run directory that cannot be read, or that belongs to another run."""
+
+
+class BenchError(SubcircuitError):
+    """A benchmark that cannot be run: an unknown contestant or scenario, or a process of our own that failed."""
