@@ -2,15 +2,15 @@
 
     effect ≈ Σ over positions of (source − clean) · ∂metric/∂value at the clean run
 
-* `atp`, attribution patching: Nanda 2023 ("Attribution Patching: Activation Patching At Industrial Scale"); equation 4
-  of Kramár et al. 2024 (arXiv 2403.00745).
+* `atp`, attribution patching: Nanda 2023, "Attribution Patching: Activation Patching At Industrial Scale".
 * `ig`, integrated gradients: the gradient is the mean over `steps` runs whose embedded prompts lie on the straight line
-  from the source's (excluded) to the clean ones (included), as in EAP-IG (Hanna et al. 2024, arXiv 2403.17806, section
-  3). One step is `atp`.
-* `atp*`: Kramár et al. 2024, section 3. QK fix: the attention under a patched query or key is recomputed exactly, and
-  its change takes the difference's place, so that a saturated softmax hides nothing. GradDrop: the mean over layers of
-  |effect| with the gradient through that layer's output dropped, so that two paths that cancel hide nothing either.
-  Ours keeps the sign of the estimate with all paths; the paper's contribution is `effects.abs().mean(1)`.
+  from the source's (excluded) to the clean ones (included), as in EAP-IG (Hanna et al. 2024, arXiv 2403.17806). One
+  step is `atp`.
+* `atp*`: Kramár et al. 2024 (arXiv 2403.00745), section 3. QK fix: the attention under a patched query or key is
+  recomputed exactly, and its change takes the difference's place, so that a saturated softmax hides nothing. GradDrop:
+  the mean over layers of |effect| with the gradient through that layer's output dropped, so that two paths that cancel
+  hide nothing either. Ours keeps the sign of the estimate with all paths; the paper's contribution is
+  `effects.abs().mean(1)`.
 """
 
 from __future__ import annotations

@@ -23,7 +23,10 @@ if TYPE_CHECKING:
     from subcircuit.analysis.circuit import Circuit, TraceStep, intersection, union
     from subcircuit.analysis.compare import cross_task_scores, jaccard_matrix
     from subcircuit.analysis.discover import discover
+    from subcircuit.analysis.eap import EdgeScores, edge_scores
     from subcircuit.analysis.faithfulness import Ablation, node_drops, random_circuits, score
+    from subcircuit.analysis.gradients import gradient_scores
+    from subcircuit.analysis.screen import Screening, screen
     from subcircuit.analysis.study import StudySettings, study
     from subcircuit.analysis.sweep import Scores, sweep
     from subcircuit.analysis.tasks import Task, task, task_from_file, task_from_tokens, task_names
@@ -38,7 +41,10 @@ _HOMES = {
     "analysis.circuit": ("Circuit", "TraceStep", "intersection", "union"),
     "analysis.compare": ("cross_task_scores", "jaccard_matrix"),
     "analysis.discover": ("discover",),
+    "analysis.eap": ("EdgeScores", "edge_scores"),
     "analysis.faithfulness": ("Ablation", "node_drops", "random_circuits", "score"),
+    "analysis.gradients": ("gradient_scores",),
+    "analysis.screen": ("Screening", "screen"),
     "analysis.study": ("StudySettings", "study"),
     "analysis.sweep": ("Scores", "sweep"),
     "analysis.tasks": ("Task", "task", "task_from_file", "task_from_tokens", "task_names"),
@@ -59,12 +65,14 @@ __all__ = [
     "Circuit",
     "Component",
     "DeltaSession",
+    "EdgeScores",
     "Effects",
     "HookedTransformer",
     "ModelConfig",
     "Patch",
     "RopeScaling",
     "Scores",
+    "Screening",
     "Site",
     "StudySettings",
     "SubcircuitError",
@@ -73,7 +81,9 @@ __all__ = [
     "__version__",
     "cross_task_scores",
     "discover",
+    "edge_scores",
     "errors",
+    "gradient_scores",
     "intersection",
     "jaccard_matrix",
     "known_models",
@@ -82,6 +92,7 @@ __all__ = [
     "patch_effects",
     "random_circuits",
     "score",
+    "screen",
     "study",
     "sweep",
     "task",
