@@ -197,7 +197,8 @@ def spearman(a: Float[Tensor, "item"], b: Float[Tensor, "item"]) -> float:
 
 def _ranks(values: Float[Tensor, "item"]) -> Float[Tensor, "item"]:
     _, which, counts = values.unique(return_inverse=True, return_counts=True)
-    return (counts.cumsum(0) - (counts - 1) / 2).double()[which]
+    ranks: Tensor = counts.cumsum(0) - (counts - 1) / 2
+    return ranks.double()[which]
 
 
 def _gradient_precision(precision: Precision) -> GradientPrecision:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -24,6 +24,8 @@ from subcircuit.options import (
     QuietOption,
     SeedOption,
     SourceOption,
+    StepsOption,
+    SweepMethod,
     TaskOption,
     TemplateOption,
 )
@@ -43,6 +45,14 @@ def sweep(
     template: TemplateOption = "all",
     only_answered: FilterOption = False,
     source: SourceOption = "corrupted",
+    method: Annotated[
+        SweepMethod, typer.Option(help="exact patching, or to first order: atp, ig (integrated gradients), atp*.")
+    ] = SweepMethod.exact,
+    steps: StepsOption = 5,
+    screen: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="K", help="Only the K largest effects: ranked by gradients, verified exactly."),
+    ] = None,
     precision: PrecisionOption = Precision.fp32,
     executor: ExecutorOption = Executor.torch,
     dtype: DtypeOption = "float32",
@@ -59,24 +69,35 @@ def sweep(
     loaded = sc.load(model, dtype=dtype, device=device)
     prompts = sc.task(task, loaded, n=n, seed=seed, template=template, filter=only_answered)
     with progress_bars(quiet) as progress, suitable_threads(loaded):
-        scores = sc.sweep(
-            loaded,
-            prompts,
-            components,
-            source=source,
-            positions=where,
-            executor=executor.value,
-            precision=precision.value,
-            progress=lambda done, total: progress("sweep", done, total),
-        )
+        options: dict[str, Any] = {"source": source, "positions": where, "precision": precision.value}
+        options["progress"] = lambda done, total: progress("sweep", done, total)
+        exactly = method is SweepMethod.exact
+        by_gradient: dict[str, Any] = {"method": "atp" if exactly else method.value, "steps": steps}
+        screening = None
+        if screen is not None:
+            options |= {**by_gradient, "executor": executor.value}
+            screening = sc.screen(loaded, prompts, components, k=screen, **options)
+            scores, top = screening.scores, screening.k
+        elif exactly:
+            scores = sc.sweep(loaded, prompts, components, executor=executor.value, **options)
+        else:
+            scores = sc.gradient_scores(loaded, prompts, components, **by_gradient, **options)
     rows = scores.table()
     if csv_file is not None:
         write_csv(csv_file, rows)
     if as_json:
-        print(json.dumps({"settings": scores.settings, "sites": rows}))
+        found = {} if screening is None else {"screening": screening.summary()}
+        print(json.dumps({"settings": scores.settings, **found, "sites": rows}))
         return
     clean = float(scores.clean_metric.mean())
     out.print(f"{len(rows)} sites × {scores.effects.shape[1]} prompts, clean logit difference {clean:.3f}")
+    if screening is not None:
+        out.print(
+            f"the {screening.k} largest effects, certain after {screening.n_exact} of {screening.n_sites} sites; "
+            f"rank agreement of {scores.settings['screened_by']}: {screening.rank_agreement:.2f}"
+        )
+    elif not exactly:
+        out.print(f"effects to first order: {scores.settings['method']}")
     table = new_table("site", "effect", "± s.e.", "share")
     for row in sorted(rows, key=lambda row: -abs(row["effect"]))[:top]:
         numbers = f"{row['effect']:+.3f}", f"{row['standard_error']:.3f}", f"{row['share']:+.1%}"
