@@ -198,13 +198,13 @@ class _Run:
     def _chunk(
         self, chunk: PromptChunk, sources: Sources
     ) -> tuple[Float[Tensor, "site chunk"], Float[Tensor, "chunk"]]:
-        names = sorted({name for probe in self.probes for name in self._names(probe)})
+        names = sorted({ENTRY, *(name for probe in self.probes for name in self._names(probe))})
         clean = MetricPass(self.model, self.task, chunk, names, droppable=self.method == "atp*")
         values = clean.values
         differences = [self._difference(probe, values, chunk, sources) for probe in self.probes]
         effects = self._products(differences, clean.gradients())
         if self.method == "ig":
-            for gradients in self._other_gradients(chunk, names, sources):
+            for gradients in self._other_gradients(chunk, names, values[ENTRY], sources):
                 effects += self._products(differences, gradients)
             effects /= self.steps
         if self.method == "atp*" and self.config.n_layers > 1:
@@ -255,13 +255,13 @@ class _Run:
                 effects[reader.rows] = here.sum(1)[:, reader.index].sum(-1).T
         return effects
 
-    def _other_gradients(self, chunk: PromptChunk, names: Sequence[str], sources: Sources) -> Iterator[Gradients]:
+    def _other_gradients(
+        self, chunk: PromptChunk, names: Sequence[str], clean: Tensor, sources: Sources
+    ) -> Iterator[Gradients]:
         """Gradients of the runs strictly between the source's embedded prompts and the clean ones."""
-        clean = MetricPass(self.model, self.task, chunk, [ENTRY]).values[ENTRY] if self.steps > 1 else None
+        source = sources.value(sources.key(None), ENTRY, chunk).expand_as(clean)
         for step in range(1, self.steps):
-            assert clean is not None
-            source = sources.value(sources.key(None), ENTRY, chunk)
-            entry = torch.lerp(source.expand_as(clean), clean, step / self.steps)
+            entry = torch.lerp(source, clean, step / self.steps)
             yield MetricPass(self.model, self.task, chunk, names, entry=entry).gradients()
 
     def _magnitudes(self, differences: Sequence[Tensor], clean: MetricPass) -> Float[Tensor, "site chunk"]:
