@@ -69,14 +69,14 @@ def test_gpt2_small_has_as_many_nodes_and_edges_as_with_eap_ig():
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_a_circuit_and_its_scores_come_back_from_a_file(config, tmp_path):
     scores = random_scores(config)
-    circuit = scores.circuit(40)
+    circuit = scores.circuit(120)
     assert circuit.edges
     save_mib(tmp_path / "c.json", circuit, config, scores)
     again, read = load_mib(tmp_path / "c.json", config, task="t", method="eap")
     assert (again.heads, again.mlps, again.task, again.method) == (circuit.heads, circuit.mlps, "t", "eap")
     assert again.edges == circuit.edges
     torch.testing.assert_close(read.effects, scores.effects.double(), equal_nan=True)
-    assert read.circuit(40).edges == circuit.edges
+    assert read.circuit(120).edges == circuit.edges
 
 
 def test_the_edge_into_a_shared_key_is_one_edge_per_head_of_its_group():
