@@ -23,8 +23,11 @@ if TYPE_CHECKING:
     from subcircuit.analysis.circuit import Circuit, TraceStep, intersection, union
     from subcircuit.analysis.compare import cross_task_scores, jaccard_matrix
     from subcircuit.analysis.discover import discover
+    from subcircuit.analysis.eap import EdgeScores, edge_scores
     from subcircuit.analysis.faithfulness import Ablation, node_drops, random_circuits, score
+    from subcircuit.analysis.gradients import gradient_scores
     from subcircuit.analysis.plan import plan
+    from subcircuit.analysis.screen import Screening, screen
     from subcircuit.analysis.study import StudySettings, study
     from subcircuit.analysis.sweep import Scores, sweep
     from subcircuit.analysis.tasks import Task, task, task_from_file, task_from_tokens, task_names
@@ -44,8 +47,11 @@ _HOMES = {
     "analysis.circuit": ("Circuit", "TraceStep", "intersection", "union"),
     "analysis.compare": ("cross_task_scores", "jaccard_matrix"),
     "analysis.discover": ("discover",),
+    "analysis.eap": ("EdgeScores", "edge_scores"),
     "analysis.faithfulness": ("Ablation", "node_drops", "random_circuits", "score"),
     "analysis.plan": ("plan",),
+    "analysis.gradients": ("gradient_scores",),
+    "analysis.screen": ("Screening", "screen"),
     "analysis.study": ("StudySettings", "study"),
     "analysis.sweep": ("Scores", "sweep"),
     "analysis.tasks": ("Task", "task", "task_from_file", "task_from_tokens", "task_names"),
@@ -71,6 +77,7 @@ __all__ = [
     "Circuit",
     "Component",
     "DeltaSession",
+    "EdgeScores",
     "Effects",
     "HookedTransformer",
     "ModelConfig",
@@ -79,6 +86,7 @@ __all__ = [
     "RopeScaling",
     "RowAblations",
     "Scores",
+    "Screening",
     "Site",
     "Steering",
     "StudySettings",
@@ -90,7 +98,9 @@ __all__ = [
     "__version__",
     "cross_task_scores",
     "discover",
+    "edge_scores",
     "errors",
+    "gradient_scores",
     "intersection",
     "jaccard_matrix",
     "known_models",
@@ -101,6 +111,7 @@ __all__ = [
     "plan",
     "random_circuits",
     "score",
+    "screen",
     "steered_source",
     "study",
     "sweep",
