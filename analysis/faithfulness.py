@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
+
+from jaxtyping import Float
+from torch import Tensor
 
 from subcircuit.analysis.circuit import Circuit
 from subcircuit.analysis.tasks import Task
@@ -25,7 +28,8 @@ def layer_nodes(config: ModelConfig, layer: int) -> list[Component]:
 
 
 class Ablation:
-    """Scores of keep-sets on one task: everything outside a keep-set is replaced, at all positions, by its source.
+    """Scores of keep-sets on one task: everything outside a keep-set is replaced by its source, at all positions or
+    at those given.
 
     A score is 100 · LD(ablated) / LD(full), LD being the mean logit difference over prompts; the default source is the
     per-position mean over the corrupted prompts, measured in the unablated model (Lan et al., arXiv 2311.04131). The
@@ -40,11 +44,12 @@ class Ablation:
         task: Task,
         *,
         source: Source = "mean",
+        positions: tuple[int, ...] | None = None,
         executor: Executor = "torch",
         precision: Precision = "fp32",
         budget_bytes: int | None = None,
     ) -> None:
-        self.model, self.task = model, task
+        self.model, self.task, self._positions = model, task, positions
         self.settings = {
             "source": source if isinstance(source, str) else "tensors",
             "executor": executor,
@@ -56,19 +61,33 @@ class Ablation:
             self._session = DeltaSession(
                 model, task, source=source, precision=precision, budget_bytes=budget_bytes, executor=executor
             )
-            self._session.prepare([_patches(all_nodes(model.config))])
-        self.full = float(self._effects([()], ()).clean_metric.mean())
+            self._session.prepare([self._patches(all_nodes(model.config))])
+        self.clean: Float[Tensor, "prompt"] = self._effects([()], ()).clean_metric.double().cpu()
+        self.full = float(self.clean.mean())
         if self.full <= 0:
             raise TaskError(
                 f"task '{task.name}': the model does not prefer the answers (mean logit difference {self.full:.3f}), "
                 "so there is no score relative to it"
             )
 
+    def values(
+        self, removed: Sequence[Iterable[Component]], base: Iterable[Component] = ()
+    ) -> Float[Tensor, "set prompt"]:
+        """Metric of each prompt for each set of removed nodes, on top of the nodes of `base`; float64, on the CPU."""
+        effects = self._effects([self._patches(nodes) for nodes in removed], self._patches(base)).effects
+        return self.clean + effects.double().cpu()
+
+    def kept_values(self, kept: Sequence[Collection[Component]]) -> Float[Tensor, "set prompt"]:
+        """Metric of each prompt when only the nodes of each set are kept. What no set keeps is propagated once."""
+        if not kept:
+            return self.clean.new_empty(0, len(self.clean))
+        base = self.complement(set[Component]().union(*kept))
+        rest = [node for node in all_nodes(self.model.config) if node not in set(base)]
+        return self.values([[node for node in rest if node not in nodes] for nodes in map(set, kept)], base)
+
     def scores(self, removed: Sequence[Iterable[Component]], base: Iterable[Component] = ()) -> list[float]:
         """Score of each set of removed nodes, on top of the nodes of `base`."""
-        result = self._effects([_patches(nodes) for nodes in removed], _patches(base))
-        ablated = result.effects.double().mean(1) + result.clean_metric.double().mean()
-        return [100 * metric / self.full for metric in ablated.tolist()]
+        return (100 * self.values(removed, base).mean(1) / self.full).tolist()
 
     def score_of(self, kept: set[Component]) -> float:
         """Score of the circuit that consists of the kept nodes."""
@@ -79,6 +98,9 @@ class Ablation:
         for node in kept:
             node.check(self.model.config)
         return [node for node in all_nodes(self.model.config) if node not in kept]
+
+    def _patches(self, nodes: Iterable[Component]) -> PatchSet:
+        return tuple(Patch(Site(node, self._positions)) for node in nodes)
 
     def _effects(self, sets: list[PatchSet], base: PatchSet) -> Effects:
         if self._session is not None:
@@ -91,10 +113,6 @@ class Ablation:
             executor=self._executor,
             precision=self._precision,
         )
-
-
-def _patches(nodes: Iterable[Component]) -> PatchSet:
-    return tuple(Patch(Site(node)) for node in nodes)
 
 
 def score(
