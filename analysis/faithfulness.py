@@ -27,6 +27,14 @@ def layer_nodes(config: ModelConfig, layer: int) -> list[Component]:
     return [*(Component(layer, "z", head) for head in range(config.n_heads)), Component(layer, "mlp")]
 
 
+def outside(kept: Collection[Component], config: ModelConfig) -> list[Component]:
+    """The nodes outside a keep-set. Raises PatchError when the keep-set has a node that the model lacks."""
+    for node in kept:
+        node.check(config)
+    chosen = set(kept)
+    return [node for node in all_nodes(config) if node not in chosen]
+
+
 class Ablation:
     """Scores of keep-sets on one task: everything outside a keep-set is replaced by its source, at all positions or
     at those given.
@@ -50,6 +58,7 @@ class Ablation:
         budget_bytes: int | None = None,
     ) -> None:
         self.model, self.task, self._positions = model, task, positions
+        self.metric = "logit_difference"
         self.settings = {
             "source": source if isinstance(source, str) else "tensors",
             "executor": executor,
@@ -95,9 +104,7 @@ class Ablation:
 
     def complement(self, kept: set[Component]) -> list[Component]:
         """The nodes outside a keep-set. Raises PatchError when the keep-set has a node that the model lacks."""
-        for node in kept:
-            node.check(self.model.config)
-        return [node for node in all_nodes(self.model.config) if node not in kept]
+        return outside(kept, self.model.config)
 
     def _patches(self, nodes: Iterable[Component]) -> PatchSet:
         return tuple(Patch(Site(node, self._positions)) for node in nodes)
@@ -157,7 +164,7 @@ def random_circuits(
     if match not in ("size", "layers"):
         raise PatchError(f"match {match!r} is not known; expected 'size' or 'layers'")
     rng = random.Random(seed)
-    removed = [ablation.complement(_random_nodes(ablation.model.config, circuit, rng, match)) for _ in range(n)]
+    removed = [ablation.complement(random_nodes(ablation.model.config, circuit, rng, match)) for _ in range(n)]
     scores: list[float] = []
     for first in range(0, n, 16):
         scores += ablation.scores(removed[first : first + 16])
@@ -166,7 +173,8 @@ def random_circuits(
     return scores
 
 
-def _random_nodes(config: ModelConfig, circuit: Circuit, rng: random.Random, match: str) -> set[Component]:
+def random_nodes(config: ModelConfig, circuit: Circuit, rng: random.Random, match: str) -> set[Component]:
+    """Nodes of one random circuit: `size` as many heads and MLPs, `layers` as many heads in each layer, same MLPs."""
     if match == "layers":
         per_layer = [sum(layer == at for at, _ in circuit.heads) for layer in range(config.n_layers)]
         heads = [(layer, head) for layer, n in enumerate(per_layer) for head in rng.sample(range(config.n_heads), n)]

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from subcircuit.analysis import metrics
-from subcircuit.analysis.faithfulness import Ablation, all_nodes
+from subcircuit.analysis.faithfulness import Ablation, all_nodes, outside
 from subcircuit.analysis.tasks import Task
 from subcircuit.engine.errors import PatchError
 from subcircuit.engine.model import HookedTransformer
@@ -20,6 +20,8 @@ from subcircuit.engine.patching.sources import Sources
 
 Metric = Literal["logit_difference", "log_probability", "kl", "accuracy"]
 METRICS: tuple[Metric, ...] = get_args(Metric)
+METRICS_WITH_ZERO = ("logit_difference", "accuracy")
+"""Of which 0 means that the task is not done, so that a share of the full model's is a score."""
 
 
 class ForwardAblation:
@@ -50,6 +52,8 @@ class ForwardAblation:
         self._clean_logits: Tensor = self._logits(frozenset())
         self.clean: Float[Tensor, "prompt"] = self._metric(self._clean_logits)
         self.full = float(self.clean.mean())
+        name = source if isinstance(source, str) else "tensors"
+        self.settings = {"source": name, "metric": metric, "executor": "reference", "precision": str(model.dtype)[6:]}
 
     def values(
         self, removed: Sequence[Iterable[Component]], base: Iterable[Component] = ()
@@ -65,9 +69,7 @@ class ForwardAblation:
 
     def complement(self, kept: set[Component]) -> list[Component]:
         """The nodes outside a keep-set. Raises PatchError when the keep-set has a node that the model lacks."""
-        for node in kept:
-            node.check(self.model.config)
-        return [node for node in all_nodes(self.model.config) if node not in kept]
+        return outside(kept, self.model.config)
 
     @torch.no_grad()
     def _logits(self, removed: frozenset[Component]) -> Float[Tensor, "prompt d_vocab"]:
@@ -77,11 +79,12 @@ class ForwardAblation:
         return logits[:, -1]
 
     def _replace(self, nodes: Sequence[Component]) -> Callable[[Tensor, str], Tensor]:
+        """A hook that puts the source in place of some nodes of one hook point."""
         where: slice | list[int] = slice(None) if self._positions is None else self._positions
+        source_value = self._sources.value(self._source_key, nodes[0].hook_name, self._prompts)
 
         def replace(value: Tensor, name: str) -> Tensor:
-            value = value.clone()
-            source = self._sources.value(self._source_key, name, self._prompts).expand_as(value)
+            value, source = value.clone(), source_value.expand_as(value)
             for node in nodes:
                 at = (slice(None), where) if node.kind == "mlp" else (slice(None), where, node.index)
                 value[at] = source[at]

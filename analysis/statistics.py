@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -38,6 +39,7 @@ def bootstrap_mean(
 
     Raises ValueError when there is no prompt, or for a confidence outside 0…1.
     """
+    _check(values, n_resamples, confidence)
     drawn = resampled_means(values, n_resamples=n_resamples, seed=seed)
     interval = percentile_interval(_exact(values).mean(-1), drawn, confidence)
     return Interval(*(part.to(values.dtype) for part in interval))
@@ -57,6 +59,7 @@ def bootstrap_ratio(
 
     Raises ValueError as `bootstrap_mean`.
     """
+    _check(numerator, n_resamples, confidence)
     above, below = (resampled_means(part, n_resamples=n_resamples, seed=seed) for part in (numerator, denominator))
     mean = _exact(numerator).mean(-1) / _exact(denominator).mean(-1)
     return percentile_interval(mean, above / below, confidence)
@@ -70,12 +73,7 @@ def resampled_means(
     The draws depend on the seed and the number of prompts alone: what was measured on the same prompts is resampled
     together. Raises ValueError when there is no prompt or no resample.
     """
-    n_prompts = values.shape[-1] if values.ndim else 0
-    if n_prompts == 0 or n_resamples < 1:
-        raise ValueError(
-            f"bootstrap of {n_prompts} prompts, {n_resamples} resamples; expected at least one prompt, at least one "
-            "resample"
-        )
+    n_prompts = _check(values, n_resamples)
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.randint(n_prompts, (n_resamples, n_prompts), generator=generator)
     share = torch.zeros(n_resamples, n_prompts, dtype=torch.float64)
@@ -87,12 +85,23 @@ def resampled_means(
 def percentile_interval(
     mean: Float[Tensor, "*site"], drawn: Float[Tensor, "*site resample"], confidence: float = 0.95
 ) -> Interval:
-    """An estimate with the middle `confidence` of what the resamples gave. Raises ValueError for one outside 0…1."""
-    if not 0 < confidence < 1:
-        raise ValueError(f"bootstrap with confidence {confidence}; expected a confidence between 0 and 1")
+    """An estimate with the middle `confidence` (0…1) of what the resamples gave."""
     tail = (1 - confidence) / 2
-    low, high = drawn.quantile(torch.tensor([tail, 1 - tail], dtype=drawn.dtype), dim=-1)
+    if not drawn.numel():
+        return Interval(mean, mean, mean)
+    # torch.quantile takes no more than 16 million values.
+    low, high = torch.from_numpy(np.quantile(drawn.numpy(), [tail, 1 - tail], axis=-1))
     return Interval(mean, low, high)
+
+
+def _check(values: Tensor, n_resamples: int, confidence: float = 0.95) -> int:
+    n_prompts = values.shape[-1] if values.ndim else 0
+    if n_prompts == 0 or not 0 < confidence < 1 or n_resamples < 1:
+        raise ValueError(
+            f"bootstrap of {n_prompts} prompts, confidence {confidence}, {n_resamples} resamples; "
+            "expected at least one prompt, a confidence between 0 and 1, at least one resample"
+        )
+    return n_prompts
 
 
 def sign_flip_p(
@@ -164,7 +173,7 @@ def hypergeometric_pmf(n_all: int, n_a: int, n_b: int) -> Float[Tensor, " overla
 
 
 def hypergeometric_p(overlap: int, n_all: int, n_a: int, n_b: int) -> float:
-    """P(overlap at least so large) of two sets of n_a and n_b drawn from n_all things: Fisher's one-sided exact test."""
+    """P(overlap at least so large) of two sets of n_a and n_b drawn from n_all things: Fisher's exact test."""
     return tail_p(overlap, hypergeometric_pmf(n_all, n_a, n_b))
 
 
@@ -189,7 +198,8 @@ def jaccard_mean(pmf: Float[Tensor, " overlap"], n_a: int, n_b: int) -> float:
 def rank_correlation(a: Float[Tensor, "*row item"], b: Float[Tensor, " item"]) -> Float[Tensor, "*row"]:
     """Spearman's ρ of each row of `a` with `b`, equal values sharing their mean rank; NaN where all are equal."""
     centred = [_ranks(_exact(part)) - (part.shape[-1] - 1) / 2 for part in (a, b)]
-    return (centred[0] * centred[1]).sum(-1) / (centred[0].norm(dim=-1) * centred[1].norm(dim=-1))
+    products = (centred[0] * centred[1]).sum(-1)
+    return products / (centred[0].square().sum(-1) * centred[1].square().sum(-1)).sqrt()
 
 
 def _ranks(values: Float[Tensor, "*row item"]) -> Float[Tensor, "*row item"]:
