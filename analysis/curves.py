@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Hashable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -54,6 +54,18 @@ class Curve:
     """Mean metric of the full model."""
     nothing: float
     """Mean metric with nothing kept."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON; an interval is [mean, low, high]."""
+        return {
+            "shares": list(self.shares),
+            "sizes": list(self.sizes),
+            "recovered": [self.recovered.at(i) for i in range(len(self.shares))],
+            "cpr": self.cpr.at(),
+            "cmd": self.cmd.at(),
+            "full": self.full,
+            "nothing": self.nothing,
+        }
 
 
 def faithfulness_curve(

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 import subcircuit as sc
-from subcircuit.commands import discover, generate, models, study, sweep, tasks
+from subcircuit.commands import compare, discover, faithfulness, generate, models, sensitivity, study, sweep, tasks
 from subcircuit.engine.errors import SubcircuitError
 
 app = typer.Typer(
@@ -25,6 +25,9 @@ for command in (
     study.study,
     sweep.sweep,
     discover.discover,
+    faithfulness.faithfulness,
+    sensitivity.sensitivity,
+    compare.compare,
     generate.generate,
     models.models,
     tasks.tasks,
