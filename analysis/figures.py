@@ -46,6 +46,7 @@ _STYLE: dict[Any, Any] = {
     "xtick.color": INK,
     "ytick.color": INK,
 }
+_RAISED = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
 _LETTER_INCHES = 0.085
 """Width of a letter of 9 points, enough for any sans-serif font."""
 
@@ -174,7 +175,7 @@ def overlap_figure(
                     frame = (column + 0.04, row + 0.05)
                     axes.add_patch(Rectangle(frame, 0.92, 0.9, fill=False, edgecolor=INK, linewidth=1.1))
         whole = figure.get_size_inches()
-        note = f"framed: random circuits of these sizes overlap so much in at most {significant:.0%} of cases"
+        note = f"framed: p ≤ {significant:g} beside random circuits"
         figure.text(0.1 / whole[0], 0.1 / whole[1], note, color=SOFT, fontsize=8)
         return _svg(figure)
 
@@ -196,12 +197,15 @@ def curve_figure(curves: Mapping[str, Curve], title: str) -> str:
         axes.set(xlim=(0, 101), ylim=(low - 0.08, high + 0.08))
         axes.set_xlabel("share of all items kept, the most important first (%)")
         axes.set_ylabel("recovered share")
-        axes.legend(frameon=False, fontsize=8, loc="lower right")
+        axes.legend(frameon=False, fontsize=8, loc="lower right", bbox_to_anchor=(1, 0.16))
         return _svg(figure)
 
 
 def _p_text(p: float) -> str:
-    return f"p {p:.2f}" if p >= 0.095 else f"p {p:.1g}".replace("e-0", "e-").replace("e-", " · 10^−")
+    if p >= 1e-3:
+        return f"p {p:.2f}" if p >= 0.095 else f"p {p:.1g}"
+    factor, power = f"{p:.0e}".split("e-")
+    return f"p {factor} · 10⁻{str(int(power)).translate(_RAISED)}"
 
 
 def drops_figure(drops: Mapping[str, float], title: str, n_most: int = 30) -> str:

@@ -10,8 +10,8 @@ predicate that either holds under a convention or does not:
     all matter    every node's loss costs something: all drops are above 0
     same ranking  drops rank the nodes as under the first convention: Spearman's ρ is at least `RANK_AGREES`
 
-Points are 100 · (m(C) − m(∅)) / (m(M) − m(∅)), as in `evaluation`; where ablating everything does not lower the metric
-(raise it, for KL) there is nothing to recover, and nothing is concluded.
+Points are 100 · (m(C) − m(∅)) / (m(M) − m(∅)), as in `evaluation`. Where ablating everything does not surely make the
+metric worse (in `SURE` of the resamples) there is nothing to recover, and nothing is concluded.
 """
 
 from __future__ import annotations
@@ -38,7 +38,9 @@ from subcircuit.engine.patching import Component
 
 SOURCES = ("mean", "corrupted", "zero")
 SCOPES = ("all", "from_difference", "members", "last")
+CHOICES = ("source", "metric", "scope", "prompts")
 CONCLUSIONS = ("recovers", "beats random", "all matter", "same ranking")
+SURE = 0.975
 RANK_AGREES = 0.7
 """From this Spearman's ρ on two rankings are called the same; half of the variance of one is then in the other."""
 
@@ -64,6 +66,8 @@ class Outcome:
     convention: Convention
     score: float | None
     """100 · m(C) / m(M), the paper's; None where the metric's zero means nothing or the full model does not pass it."""
+    at_stake: float
+    """m(M) − m(∅), in units of the metric: what ablating every node costs; negative for KL."""
     recovered: tuple[float, float, float] | None
     """Points with the ends of the bootstrap interval; None where there is nothing to recover."""
     random_most: float | None
@@ -91,8 +95,14 @@ class Sensitivity:
 
     def survival(self) -> dict[str, tuple[int, int]]:
         """Per conclusion, under how many conventions it holds, and of how many that allow a conclusion."""
-        verdicts = {name: [o.holds[name] for o in self.outcomes if o.holds[name] is not None] for name in CONCLUSIONS}
-        return {name: (sum(map(bool, found)), len(found)) for name, found in verdicts.items()}
+        return _counts(self.outcomes)
+
+    def survival_by(self, choice: str) -> dict[str, dict[str, tuple[int, int]]]:
+        """The same for every `source`, `metric`, `scope` or `prompts` apart: which choice a conclusion hangs on."""
+        groups: dict[str, list[Outcome]] = {}
+        for outcome in self.outcomes:
+            groups.setdefault(getattr(outcome.convention, choice), []).append(outcome)
+        return {value: _counts(outcomes) for value, outcomes in groups.items()}
 
     def surviving(self) -> list[str]:
         """Conclusions that hold under every convention that allows one."""
@@ -106,9 +116,15 @@ class Sensitivity:
             "n_random": self.n_random,
             "outcomes": [asdict(outcome) for outcome in self.outcomes],
             "survival": {name: list(counts) for name, counts in self.survival().items()},
+            "survival_by": {choice: self.survival_by(choice) for choice in CHOICES},
             "surviving": self.surviving(),
             "notes": list(self.notes),
         }
+
+
+def _counts(outcomes: Sequence[Outcome]) -> dict[str, tuple[int, int]]:
+    verdicts = {name: [each.holds[name] for each in outcomes if each.holds[name] is not None] for name in CONCLUSIONS}
+    return {name: (sum(map(bool, found)), len(found)) for name, found in verdicts.items()}
 
 
 def sensitivity(
@@ -150,7 +166,7 @@ def sensitivity(
         if reason is None:
             ablation = ablation_of(model, task, metric=metric, source=source, positions=scope_positions(task, scope))
             measured = _Measured.of(ablation, sets, circuit, n_resamples, seed)
-            if first_drops is None and bool(measured.usable[0]):
+            if first_drops is None and measured.concludes:
                 first_drops = measured.drops[:, 0]
             outcomes.append(measured.outcome(convention, circuit, threshold, first_drops))
         elif reason not in notes:
@@ -199,6 +215,7 @@ class _Measured:
     """Means on the prompts (column 0) and on each bootstrap resample of them (the others), in points."""
 
     score: float | None
+    at_stake: float
     usable: Bool[Tensor, " draw"]
     """Whether there is anything to recover: ablating everything makes the metric worse."""
     recovered: Float[Tensor, " draw"]
@@ -220,22 +237,30 @@ class _Measured:
         has_score = ablation.metric in METRICS_WITH_ZERO and bool(full[0] > 0)
         score = float(100 * kept[0] / full[0]) if has_score else None
         n = len(circuit)
-        return cls(score, usable, points[0], points[0] - points[1 : n + 1], points[n + 1 :])
+        return cls(
+            score, float(full[0] - nothing[0]), usable, points[0], points[0] - points[1 : n + 1], points[n + 1 :]
+        )
+
+    @property
+    def concludes(self) -> bool:
+        """Whether there surely is something to recover."""
+        return bool(self.usable[0]) and float(self.usable[1:].double().mean()) >= SURE
 
     def outcome(
         self, convention: Convention, circuit: Circuit, threshold: float, first_drops: Float[Tensor, " node"] | None
     ) -> Outcome:
+        if first_drops is None or not self.concludes:
+            nothing = dict.fromkeys(CONCLUSIONS)
+            return Outcome(convention, self.score, self.at_stake, None, None, None, None, nothing, nothing)
         drawn = self.usable.clone()
         drawn[0] = False  # the prompts themselves are no resample
-        if first_drops is None or not self.usable[0] or not drawn.any():
-            nothing = dict.fromkeys(CONCLUSIONS)
-            return Outcome(convention, self.score, None, None, None, None, nothing, nothing)
         agreement = rank_correlation(self.drops.T, first_drops)
         verdicts = self._verdicts(threshold, agreement)
         least = int(self.drops[:, 0].argmin())
         return Outcome(
             convention,
             self.score,
+            self.at_stake,
             percentile_interval(self.recovered[0], self.recovered[drawn]).at(),
             float(self.random[:, 0].max()) if len(self.random) else None,
             (str(circuit.nodes[least]), float(self.drops[least, 0])),

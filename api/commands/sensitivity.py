@@ -90,19 +90,26 @@ def sensitivity(
 
 
 def _print(found: Sensitivity) -> None:
-    from subcircuit.analysis.sensitivity import CONCLUSIONS
+    from subcircuit.analysis.sensitivity import CHOICES, CONCLUSIONS
 
     out.print(f"{found.circuit}\n")
-    table = new_table("prompts", "source", "scope", "metric", "score", "recovered", "95 % interval", *CONCLUSIONS)
+    table = new_table(
+        "prompts", "source", "scope", "metric", "at stake", "score", "recovered", "95 % interval", *CONCLUSIONS
+    )
     for outcome in found.outcomes:
         convention = outcome.convention
         verdicts = [_verdict(outcome, name) for name in CONCLUSIONS]
         names = convention.prompts, convention.source, convention.scope, convention.metric
-        table.add_row(*names, *_points(outcome), *verdicts)
+        table.add_row(*names, f"{outcome.at_stake:.2f}", *_points(outcome), *verdicts)
     out.print(table)
     out.print("\nBeside yes and no: in how many of the bootstrap resamples of the prompts it holds.")
-    for name, (n_hold, n_all) in found.survival().items():
-        out.print(f"{name}: holds under {n_hold} of {n_all} conventions")
+    out.print("At stake: what ablating every head and MLP takes from the metric.\n")
+    counts = new_table("holds under", *CONCLUSIONS)
+    counts.add_row("all conventions", *map(_count, found.survival().values()))
+    for choice in CHOICES:
+        for value, survival in found.survival_by(choice).items():
+            counts.add_row(f"{choice} {value}", *map(_count, survival.values()))
+    out.print(counts)
     out.print(f"Survives all: {', '.join(found.surviving()) or 'nothing'}")
     for note in found.notes:
         out.print(f"Left out: {note}")
@@ -114,6 +121,10 @@ def _points(outcome: Outcome) -> tuple[str, str, str]:
         return score, "–", "nothing to recover"
     mean, low, high = outcome.recovered
     return score, f"{mean:.1f}", f"{low:.1f} to {high:.1f}"
+
+
+def _count(counts: tuple[int, int]) -> str:
+    return f"{counts[0]} of {counts[1]}"
 
 
 def _verdict(outcome: Outcome, name: str) -> str:

@@ -28,6 +28,8 @@ from subcircuit.options import (
     TemplateOption,
 )
 
+CALLED = 0.05
+
 
 def sweep(
     model: ModelOption,
@@ -53,6 +55,7 @@ def sweep(
     quiet: QuietOption = False,
 ) -> None:
     """Patch every component in turn and measure its effect on the logit difference."""
+    from subcircuit.analysis.baselines import cell_q_values
     from subcircuit.analysis.study import suitable_threads
 
     where = _positions(positions)
@@ -69,7 +72,8 @@ def sweep(
             precision=precision.value,
             progress=lambda done, total: progress("sweep", done, total),
         )
-    rows = scores.table()
+    q_values = cell_q_values(scores, seed=seed).tolist()
+    rows = [row | {"q": q} for row, q in zip(scores.table(), q_values, strict=True)]
     if csv_file is not None:
         write_csv(csv_file, rows)
     if as_json:
@@ -77,11 +81,13 @@ def sweep(
         return
     clean = float(scores.clean_metric.mean())
     out.print(f"{len(rows)} sites × {scores.effects.shape[1]} prompts, clean logit difference {clean:.3f}")
-    table = new_table("site", "effect", "± s.e.", "share")
+    table = new_table("site", "effect", "± s.e.", "share", "q")
     for row in sorted(rows, key=lambda row: -abs(row["effect"]))[:top]:
-        numbers = f"{row['effect']:+.3f}", f"{row['standard_error']:.3f}", f"{row['share']:+.1%}"
+        numbers = f"{row['effect']:+.3f}", f"{row['standard_error']:.3f}", f"{row['share']:+.1%}", f"{row['q']:.2g}"
         table.add_row(row["site"], *numbers)
     out.print(table)
+    n_called = sum(q <= CALLED for q in q_values)
+    out.print(f"{n_called} of {len(rows)} sites have an effect, at a false discovery rate of {CALLED:.0%} (q)")
     if csv_file is not None:
         out.print(f"All sites: {csv_file}")
 
