@@ -13,8 +13,7 @@ from torch import Tensor
 
 from subcircuit.analysis.circuit import Circuit
 from subcircuit.analysis.evaluation import Scale
-from subcircuit.analysis.faithfulness import all_nodes, random_nodes
-from subcircuit.analysis.forwards import AnyAblation
+from subcircuit.analysis.faithfulness import Ablation, all_nodes, random_nodes
 from subcircuit.analysis.statistics import benjamini_hochberg, empirical_p, sign_flip_p
 from subcircuit.analysis.sweep import Scores
 from subcircuit.engine.errors import PatchError
@@ -77,7 +76,7 @@ class Baseline:
 
 
 def random_baseline(
-    ablation: AnyAblation,
+    ablation: Ablation,
     circuit: Circuit,
     n: int = 1000,
     *,
@@ -107,7 +106,7 @@ def random_baseline(
 
 
 def _evaluated(
-    ablation: AnyAblation, circuits: list[frozenset[Component]], progress: Callable[[int, int], None] | None
+    ablation: Ablation, circuits: list[frozenset[Component]], progress: Callable[[int, int], None] | None
 ) -> list[Float[Tensor, "set prompt"]]:
     values = []
     for first in range(0, len(circuits), ROWS_AT_ONCE):
@@ -121,6 +120,8 @@ def cell_q_values(scores: Scores, *, seed: int = 0) -> Float[Tensor, " site"]:
     """q-value of every site of a sweep: sign-flip tests over prompts, corrected for how many sites there are.
 
     Which sites with q ≤ 0.05 have an effect is wrong for 5 % of them on average (`statistics.benjamini_hochberg`). With
-    fewer than about ten prompts no p can be small, and so no q.
+    fewer than about ten prompts no p can be small, and so no q. NaN for `kl`, which has no sign to flip.
     """
+    if scores.metric == "kl":
+        return torch.full((len(scores.sites),), float("nan"), dtype=torch.float64)
     return benjamini_hochberg(sign_flip_p(scores.effects, seed=seed))

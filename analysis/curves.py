@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from subcircuit.analysis.forwards import AnyAblation
+from subcircuit.analysis.faithfulness import Ablation
 from subcircuit.analysis.statistics import Interval, percentile_interval, resampled_means
 from subcircuit.analysis.sweep import Scores
 from subcircuit.engine.errors import PatchError
@@ -105,7 +105,7 @@ def faithfulness_curve(
     return Curve(tuple(shares), tuple(sizes), recovered, cpr, cmd, float(full), float(nothing))
 
 
-def node_curve(ablation: AnyAblation, ranking: Sequence[Component], **options: float | Sequence[float]) -> Curve:
+def node_curve(ablation: Ablation, ranking: Sequence[Component], **options: float | Sequence[float]) -> Curve:
     """The curve of a ranking of nodes, which must name every head and MLP: `faithfulness_curve` says the rest.
 
     Raises PatchError for a ranking that leaves out a node or has one that the model lacks.

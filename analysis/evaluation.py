@@ -8,8 +8,8 @@ With m the mean metric over prompts, M the full model, C the circuit and everyth
     drop of v     100 · (m(C) − m(C∖v)) / (m(M) − m(∅))        for each of its nodes or edges (minimality)
 
 as Wang et al. 2022 (arXiv 2211.00593, section 4) define them, in points of what there is to recover, so that they mean
-the same under every metric, also under one of which less is better. The score of Lan et al. (arXiv 2311.04131),
-100 · m(C) / m(M), is given beside them where a metric's zero means something.
+the same under every metric, also under KL, of which less is better. The score of a circuit, a share of the full model
+alone (`Ablation`), is given beside them.
 """
 
 from __future__ import annotations
@@ -25,9 +25,14 @@ from torch import Tensor
 
 from subcircuit.analysis.circuit import Circuit
 from subcircuit.analysis.curves import Evaluate, Item
-from subcircuit.analysis.faithfulness import all_nodes
-from subcircuit.analysis.forwards import METRICS_WITH_ZERO, AnyAblation
-from subcircuit.analysis.statistics import Interval, bootstrap_mean, bootstrap_ratio
+from subcircuit.analysis.faithfulness import Ablation, all_nodes
+from subcircuit.analysis.statistics import (
+    Interval,
+    bootstrap_mean,
+    bootstrap_ratio,
+    percentile_interval,
+    resampled_means,
+)
 from subcircuit.engine.errors import PatchError
 
 
@@ -99,8 +104,8 @@ class Evaluation:
     """Mean metric of the full model, the circuit, the model without the circuit, and nothing; in this order."""
     values: Float[Tensor, "kept prompt"]
     """The same per prompt."""
-    score: Interval | None
-    """100 · m(C) / m(M); None for a metric whose zero means nothing."""
+    score: Interval
+    """What the circuit keeps of the full model, as `Ablation` defines it for the metric."""
     recovered: Interval
     destroyed: Interval
     drops: Interval
@@ -122,7 +127,7 @@ class Evaluation:
             "settings": self.settings,
             "metric": {name: self.metric.at(i) for i, name in enumerate(kept)},
             "values": {name: row.tolist() for name, row in zip(kept, self.values, strict=True)},
-            "score": None if self.score is None else self.score.at(),
+            "score": self.score.at(),
             "recovered": self.recovered.at(),
             "destroyed": self.destroyed.at(),
             "drops": {name: self.drops.at(i) for i, name in enumerate(self.items)},
@@ -139,7 +144,7 @@ class Evaluation:
 
 
 def evaluate_circuit(
-    ablation: AnyAblation, circuit: Circuit, *, n_knockouts: int = 20, greedy: int = 0, seed: int = 0
+    ablation: Ablation, circuit: Circuit, *, n_knockouts: int = 20, greedy: int = 0, seed: int = 0
 ) -> Evaluation:
     """Faithfulness, completeness and minimality of a circuit of nodes on the ablation's task.
 
@@ -154,8 +159,9 @@ def evaluate_circuit(
     rest = ablation.complement(set(nodes))
     values = ablation.kept_values([everything, nodes, rest, ()])
     scale = Scale(values[0], values[3], seed)
-    has_zero = ablation.metric in METRICS_WITH_ZERO
-    score = bootstrap_ratio(100 * values[1], values[0], seed=seed) if has_zero else None
+    means, drawn = values[:2].mean(1), resampled_means(values[:2], seed=seed)
+    full, kept = ((means[i], drawn[i]) for i in (0, 1))
+    score = percentile_interval(100 * ablation.share(kept[0], full[0]), 100 * ablation.share(kept[1], full[1]))
     parts = random_parts(nodes, n_knockouts, seed)
     if greedy:
         parts += greedy_parts(ablation.kept_values, everything, nodes, greedy)
@@ -168,7 +174,7 @@ def evaluate_circuit(
         drops=drops(ablation.kept_values, nodes, scale),
         items=tuple(map(str, nodes)),
         completeness=completeness(ablation.kept_values, everything, nodes, parts, scale),
-        settings={**ablation.settings, "metric": ablation.metric, "n_prompts": len(values[0]), "seed": seed},
+        settings={**ablation.settings, "n_prompts": len(values[0]), "seed": seed},
     )
 
 
@@ -232,7 +238,7 @@ def _name(item: object) -> str:
 
 
 def circuits_scored(
-    ablation: AnyAblation, circuits: Mapping[str, Circuit], *, seed: int = 0
+    ablation: Ablation, circuits: Mapping[str, Circuit], *, seed: int = 0
 ) -> dict[str, tuple[float, float, float]]:
     """Points that each circuit recovers on the ablation's task, with interval: unions, intersections, other tasks'."""
     everything = all_nodes(ablation.model.config)

@@ -14,6 +14,7 @@ from subcircuit.engine.config import ModelConfig
 from subcircuit.engine.errors import PatchError, TaskError
 from subcircuit.engine.model import HookedTransformer
 from subcircuit.engine.patching import Component, DeltaSession, Effects, Patch, PatchSet, Site, Source, patch_effects
+from subcircuit.engine.patching.metric import Metric
 from subcircuit.engine.patching.session import Executor, Precision
 
 
@@ -39,11 +40,20 @@ class Ablation:
     """Scores of keep-sets on one task: everything outside a keep-set is replaced by its source, at all positions or
     at those given.
 
-    A score is 100 · LD(ablated) / LD(full), LD being the mean logit difference over prompts; the default source is the
-    per-position mean over the corrupted prompts, measured in the unablated model (Lan et al., arXiv 2311.04131). The
-    clean run is shared by all calls, and what is removed for every row is propagated once.
+    A score is what is left of the full model, which has 100. With m the mean of the metric over prompts, it is
 
-    Raises TaskError when the full model does not prefer the answers, so that there is nothing to recover.
+    * 100 · m(ablated) / m(full) for `logit_difference` (Lan et al., arXiv 2311.04131; may be negative or above 100) and
+      for `accuracy`;
+    * 100 · exp(m(ablated) − m(full)) for `log_probability`: the answers' probability, in the geometric mean, as a share
+      of what the full model gives them;
+    * 100 · exp(−m(ablated)) for `kl`: the same share for tokens drawn from the full model's own predictions; at most
+      100.
+
+    The default source is the per-position mean over the corrupted prompts, measured in the unablated model (as Lan et
+    al. do). The clean run is shared by all calls, and what is removed for every row is propagated once.
+
+    Raises TaskError when the full model does not prefer the answers (by `accuracy`: gives none), so that there is
+    nothing to recover, and PatchError for a metric that does not exist.
     """
 
     def __init__(
@@ -56,27 +66,34 @@ class Ablation:
         executor: Executor = "torch",
         precision: Precision = "fp32",
         budget_bytes: int | None = None,
+        metric: Metric = "logit_difference",
     ) -> None:
-        self.model, self.task, self._positions = model, task, positions
-        self.metric = "logit_difference"
+        self.model, self.task, self.metric, self._positions = model, task, metric, positions
         self.settings = {
             "source": source if isinstance(source, str) else "tensors",
             "executor": executor,
             "precision": precision,
+            "metric": metric,
         }
         self._source, self._executor, self._precision = source, executor, precision
         self._session: DeltaSession | None = None
         if executor != "reference":
             self._session = DeltaSession(
-                model, task, source=source, precision=precision, budget_bytes=budget_bytes, executor=executor
+                model,
+                task,
+                source=source,
+                precision=precision,
+                budget_bytes=budget_bytes,
+                executor=executor,
+                metric=metric,
             )
             self._session.prepare([self._patches(all_nodes(model.config))])
         self.clean: Float[Tensor, "prompt"] = self._effects([()], ()).clean_metric.double().cpu()
         self.full = float(self.clean.mean())
-        if self.full <= 0:
+        if metric in ("logit_difference", "accuracy") and self.full <= 0:
             raise TaskError(
-                f"task '{task.name}': the model does not prefer the answers (mean logit difference {self.full:.3f}), "
-                "so there is no score relative to it"
+                f"task '{task.name}': the model does not prefer the answers (mean {metric.replace('_', ' ')} "
+                f"{self.full:.3f}), so there is no score relative to it"
             )
 
     def values(
@@ -96,7 +113,17 @@ class Ablation:
 
     def scores(self, removed: Sequence[Iterable[Component]], base: Iterable[Component] = ()) -> list[float]:
         """Score of each set of removed nodes, on top of the nodes of `base`."""
-        return (100 * self.values(removed, base).mean(1) / self.full).tolist()
+        return (100 * self.share(self.values(removed, base).mean(1), self.clean.mean())).tolist()
+
+    def share(self, ablated: Float[Tensor, "*any"], full: Float[Tensor, "*any"]) -> Float[Tensor, "*any"]:
+        """What is left of the full model, 1 for all of it, by mean metrics of the ablated and of the full one."""
+        match self.metric:
+            case "kl":
+                return (-ablated).exp()
+            case "log_probability":
+                return (ablated - full).exp()
+            case _:
+                return ablated / full
 
     def score_of(self, kept: set[Component]) -> float:
         """Score of the circuit that consists of the kept nodes."""
@@ -119,6 +146,7 @@ class Ablation:
             source=self._source,
             executor=self._executor,
             precision=self._precision,
+            metric=self.metric,
         )
 
 
@@ -130,12 +158,14 @@ def score(
     source: Source = "mean",
     executor: Executor = "torch",
     precision: Precision = "fp32",
+    metric: Metric = "logit_difference",
 ) -> float:
-    """100 · LD(circuit) / LD(full): what the circuit recovers when every other head and MLP is ablated.
+    """100 · LD(circuit) / LD(full), or the score of another metric as `Ablation` defines it: what the circuit recovers
+    when every other head and MLP is ablated.
 
     Raises TaskError when the full model does not prefer the answers, PatchError for a node that the model lacks.
     """
-    ablation = Ablation(model, task, source=source, executor=executor, precision=precision)
+    ablation = Ablation(model, task, source=source, executor=executor, precision=precision, metric=metric)
     return ablation.score_of(set(circuit.nodes))
 
 

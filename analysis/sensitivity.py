@@ -28,13 +28,13 @@ from torch import Tensor
 
 from subcircuit.analysis.circuit import Circuit
 from subcircuit.analysis.evaluation import leave_out
-from subcircuit.analysis.faithfulness import all_nodes, random_nodes
-from subcircuit.analysis.forwards import METRICS, METRICS_WITH_ZERO, AnyAblation, ablation_of, check_metric
+from subcircuit.analysis.faithfulness import Ablation, all_nodes, random_nodes
 from subcircuit.analysis.statistics import percentile_interval, rank_correlation, resampled_means
 from subcircuit.analysis.tasks import Task
-from subcircuit.engine.errors import PatchError
+from subcircuit.engine.errors import PatchError, TaskError
 from subcircuit.engine.model import HookedTransformer
 from subcircuit.engine.patching import Component
+from subcircuit.engine.patching.metric import METRICS, Metric, check_metric
 
 SOURCES = ("mean", "corrupted", "zero")
 SCOPES = ("all", "from_difference", "members", "last")
@@ -64,8 +64,8 @@ class Outcome:
     """What a circuit comes to under one convention."""
 
     convention: Convention
-    score: float | None
-    """100 · m(C) / m(M), the paper's; None where the metric's zero means nothing or the full model does not pass it."""
+    score: float
+    """What the circuit keeps of the full model, as `Ablation` defines it for the metric."""
     at_stake: float
     """m(M) − m(∅), in units of the metric: what ablating every node costs; negative for KL."""
     recovered: tuple[float, float, float] | None
@@ -133,7 +133,7 @@ def sensitivity(
     circuit: Circuit,
     *,
     sources: Sequence[str] = SOURCES,
-    metrics: Sequence[str] = METRICS,
+    metrics: Sequence[Metric] = METRICS,
     scopes: Sequence[str] = SCOPES,
     threshold: float = 20.0,
     n_random: int = 100,
@@ -148,8 +148,9 @@ def sensitivity(
     positions, such as `members` and `last`. The first of each makes the convention that rankings are compared with.
     The same random circuits are used everywhere.
 
-    A scope that a task does not have is left out with a note, and so is the source `corrupted` of a task without
-    corrupted prompts. Raises PatchError for an unknown metric or source, an empty circuit, or when nothing is left.
+    What cannot be measured is left out with a note: a scope that a task does not have, the source `corrupted` without
+    corrupted prompts, a metric by which the full model does not do the task. Raises PatchError for an unknown metric or
+    source, an empty circuit, or when nothing is left.
     """
     if not circuit.nodes:
         raise PatchError("a circuit without nodes has no sensitivity; expected at least one head or MLP")
@@ -164,7 +165,11 @@ def sensitivity(
         task, convention = tasks[name], Convention(source, metric, scope, name)
         reason = _impossible(task, source, scope)
         if reason is None:
-            ablation = ablation_of(model, task, metric=metric, source=source, positions=scope_positions(task, scope))
+            try:
+                ablation = Ablation(model, task, metric=metric, source=source, positions=scope_positions(task, scope))
+            except TaskError as error:
+                reason = f"{name}: {error}"
+        if reason is None:
             measured = _Measured.of(ablation, sets, circuit, n_resamples, seed)
             if first_drops is None and measured.concludes:
                 first_drops = measured.drops[:, 0]
@@ -214,7 +219,7 @@ def _sets(model: HookedTransformer, circuit: Circuit, n_random: int, seed: int) 
 class _Measured:
     """Means on the prompts (column 0) and on each bootstrap resample of them (the others), in points."""
 
-    score: float | None
+    score: float
     at_stake: float
     usable: Bool[Tensor, " draw"]
     """Whether there is anything to recover: ablating everything makes the metric worse."""
@@ -224,7 +229,7 @@ class _Measured:
 
     @classmethod
     def of(
-        cls, ablation: AnyAblation, sets: Sequence[Sequence[Component]], circuit: Circuit, n_resamples: int, seed: int
+        cls, ablation: Ablation, sets: Sequence[Sequence[Component]], circuit: Circuit, n_resamples: int, seed: int
     ) -> _Measured:
         values = ablation.kept_values(sets)
         means = torch.cat(
@@ -234,8 +239,7 @@ class _Measured:
         points = 100 * (means[2:] - nothing) / (full - nothing)
         # KL counts what is lost: the full model has least of it.
         usable = nothing > full if ablation.metric == "kl" else full > nothing
-        has_score = ablation.metric in METRICS_WITH_ZERO and bool(full[0] > 0)
-        score = float(100 * kept[0] / full[0]) if has_score else None
+        score = float(100 * ablation.share(kept[0], full[0]))
         n = len(circuit)
         return cls(
             score, float(full[0] - nothing[0]), usable, points[0], points[0] - points[1 : n + 1], points[n + 1 :]

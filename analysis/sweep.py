@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float
@@ -15,6 +15,7 @@ from subcircuit.engine.config import ModelConfig
 from subcircuit.engine.errors import PatchError
 from subcircuit.engine.model import HookedTransformer
 from subcircuit.engine.patching import Component, Site, Source, patch_effects
+from subcircuit.engine.patching.metric import Metric
 from subcircuit.engine.patching.session import Executor, Precision
 from subcircuit.engine.patching.sites import Kind
 
@@ -37,8 +38,9 @@ Components = str | Sequence[str | Component | Site]
 class Scores:
     """Effects of a sweep, per site and prompt, never only their mean.
 
-    `effects` is the change that patching a site makes to a prompt's logit(answer) − logit(wrong) at the last position;
-    `clean_metric` is that logit difference without a patch. `settings` says by which method, source, executor and
+    `effects` is the change that patching a site makes to a prompt's metric, and `clean_metric` the metric without a
+    patch: logit(answer) − logit(wrong) at the last position, or what `settings` names (`engine.patching.metric` defines
+    them; of `kl`, the effect is the divergence itself). `settings` also says by which method, source, executor and
     precision they were obtained.
     """
 
@@ -55,8 +57,18 @@ class Scores:
 
     @property
     def share(self) -> Float[Tensor, "site"]:
-        """Mean effect of each site as a share of the mean clean logit difference; −1 takes all of it away."""
+        """Mean effect of each site as a share of the mean clean metric; −1 takes all of it away.
+
+        NaN for `log_probability` and `kl`, of which there is no whole to have a share of.
+        """
+        if self.metric in ("log_probability", "kl"):
+            return torch.full_like(self.mean, float("nan"))
         return self.mean / self.clean_metric.mean()
+
+    @property
+    def metric(self) -> Metric:
+        """What the effects are effects on."""
+        return cast(Metric, self.settings.get("metric", "logit_difference"))
 
     def heads(self) -> Float[Tensor, "layer head"]:
         """Mean effect of each head; NaN where the sweep did not patch it at all positions."""
@@ -87,7 +99,8 @@ class Scores:
         return [(self.sites[int(i)], float(self.mean[i])) for i in order]
 
     def table(self) -> list[dict[str, Any]]:
-        """A row per site: name, layer, index, mean effect, share of the clean logit difference, standard error."""
+        """A row per site: name, layer, index, mean effect, share of the clean metric (None where it has none), standard
+        error."""
         errors = self.effects.std(1) / self.effects.shape[1] ** 0.5 if self.effects.shape[1] > 1 else self.mean * 0
         return [
             {
@@ -96,7 +109,7 @@ class Scores:
                 "kind": site.component.kind,
                 "index": site.component.index,
                 "effect": float(effect),
-                "share": float(share),
+                "share": None if share.isnan() else float(share),
                 "standard_error": float(error),
             }
             for site, effect, share, error in zip(self.sites, self.mean, self.share, errors, strict=True)
@@ -151,13 +164,15 @@ def sweep(
     precision: Precision = "fp32",
     budget_bytes: int | None = None,
     progress: Callable[[int, int], None] | None = None,
+    metric: Metric = "logit_difference",
 ) -> Scores:
     """Patch every component in turn, each on every prompt of the task, and measure what it changes.
 
     `components` is a family (`heads`, `mlps`, `queries`, `keys`, `values`, `groups`, `neurons`, `residual`), several
     joined by `+`, or a list of names (`a5.h1`) and sites. `source` is what is put there: the corrupted prompt's
     value, the per-position mean over the corrupted prompts, zero, or tensors by hook name. `positions` as in
-    `sites_of`.
+    `sites_of`. `metric` is `logit_difference`, `log_probability` (of the answers), `kl` (of the patched prediction from
+    the clean one) or `accuracy`.
 
     Raises PatchError for what does not exist or is not aligned.
     """
@@ -171,9 +186,11 @@ def sweep(
         precision=precision,
         budget_bytes=budget_bytes,
         progress=progress,
+        metric=metric,
     )
     settings = {
         "method": "exact patching",
+        "metric": metric,
         "source": source if isinstance(source, str) else "tensors",
         "executor": executor,
         "precision": precision,

@@ -20,6 +20,13 @@ class Executor(StrEnum):
     reference = "reference"
 
 
+class Metric(StrEnum):
+    logit_difference = "logit_difference"
+    log_probability = "log_probability"
+    kl = "kl"
+    accuracy = "accuracy"
+
+
 class Direction(StrEnum):
     backward = "backward"
     forward = "forward"
@@ -37,6 +44,10 @@ SourceOption = Annotated[str, typer.Option(help="What a patch puts in place: cor
 PrecisionOption = Annotated[Precision, typer.Option(help="Of the products of differences.")]
 ExecutorOption = Annotated[
     Executor, typer.Option(help="torch, triton (on a GPU): differences only; reference: full forwards.")
+]
+MetricOption = Annotated[
+    Metric,
+    typer.Option(help="What effects are measured on; kl: of the patched prediction from the clean one, in nats."),
 ]
 DtypeOption = Annotated[str, typer.Option(help="Of the model's weights: float32, bfloat16, float16 or float64.")]
 DeviceOption = Annotated[str, typer.Option(help="Where the model runs: cpu, cuda, cuda:1, …")]

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from subcircuit.kernels import activation_delta, attention_delta_triton, head_fanout, norm_delta, readout
+from subcircuit.kernels import activation_delta, attention_delta_triton, head_fanout, norm_delta, readout, vocabulary
 from subcircuit.kernels.backend import TRITON_VERSION, block_size, float32_dot, interpreted, triton
 
 
@@ -80,6 +80,7 @@ def cases(target: str, quick: bool) -> Iterator[Case]:
     """Every kernel and configuration that may be launched on a chip; of each kind the tightest ones if `quick`."""
     yield from _row_kernels(quick)
     yield from _fanout_cases(target, quick)
+    yield from _vocabulary_cases(target, quick)
     yield from _attention_cases(target, quick)
 
 
@@ -119,6 +120,22 @@ def _fanout_cases(target: str, quick: bool) -> Iterator[Case]:
             constants |= {"INTERPRETED": False, **config.kwargs}
             name = f"head_fanout, {_described(config)}, {dtype}"
             yield Case(name, kernel, types, constants, counts, config.num_warps, config.num_stages)
+
+
+def _vocabulary_cases(target: str, quick: bool) -> Iterator[Case]:
+    kernel, counts = vocabulary.vocabulary_kernel.fn, frozenset({"n_rows", "n_prompts", "d_vocab"})
+    for config in vocabulary.CONFIGS:
+        for dtype in ("fp32",) if quick else ("fp32", "bf16"):
+            for top in (False, True):
+                types = {"delta": f"*{dtype}", "unembed": f"*{dtype}", "log_p": "*fp32", "mean_delta": "*fp32"}
+                types |= {"value": "*fp32", "second": "*i64" if top else "*fp32"}
+                constants: dict[str, Any] = {"SMALL": vocabulary.SMALL, "HEADROOM": vocabulary.HEADROOM, "TOP": top}
+                constants |= {"TILES": vocabulary.TILES, "CHUNK": vocabulary.CHUNK}
+                constants |= {"PRECISION": float32_dot(_is_amd(target)), "INTERPRETED": False, **config.kwargs}
+                if top:
+                    constants["mean_delta"] = None
+                name = f"vocabulary, {'top token' if top else 'KL'}, {_described(config)}, {dtype}"
+                yield Case(name, kernel, types, constants, counts, config.num_warps, config.num_stages)
 
 
 def _attention_cases(target: str, quick: bool) -> Iterator[Case]:

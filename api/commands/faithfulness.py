@@ -15,6 +15,8 @@ from subcircuit.options import (
     DtypeOption,
     FilterOption,
     JsonOption,
+    Metric,
+    MetricOption,
     ModelOption,
     NOption,
     QuietOption,
@@ -41,12 +43,8 @@ def faithfulness(
     template: TemplateOption = "all",
     only_answered: FilterOption = False,
     source: SourceOption = "mean",
-    metric: Annotated[
-        str, typer.Option(help="logit_difference, log_probability, kl or accuracy.")
-    ] = "logit_difference",
-    n_random: Annotated[
-        int, typer.Option("--random", min=0, help="Random circuits; 1,000 take seconds when small.")
-    ] = 100,
+    metric: MetricOption = Metric.logit_difference,
+    n_random: Annotated[int, typer.Option("--random", min=0, help="Random circuits to compare with.")] = 100,
     match: Annotated[str, typer.Option(help="Random circuits alike in size or in layers.")] = "size",
     n_knockouts: Annotated[int, typer.Option("--knockouts", min=0, help="Random parts knocked out.")] = 20,
     greedy: Annotated[int, typer.Option(min=0, help="Parts of up to so many nodes, chosen to tell most.")] = 3,
@@ -60,18 +58,18 @@ def faithfulness(
     from subcircuit.analysis.baselines import random_baseline
     from subcircuit.analysis.curves import node_curve, node_ranking
     from subcircuit.analysis.evaluation import evaluate_circuit
-    from subcircuit.analysis.forwards import ablation_of
     from subcircuit.analysis.study import suitable_threads
 
     circuit = None if circuit_file is None else sc.Circuit.load(circuit_file)
     loaded = sc.load(model, dtype=dtype, device=device)
     prompts = sc.task(task, loaded, n=n, seed=seed, template=template, filter=only_answered)
     with progress_bars(quiet) as progress, suitable_threads(loaded):
-        ablation = ablation_of(loaded, prompts, metric=metric, source=source)
+        ablation = sc.Ablation(loaded, prompts, metric=metric.value, source=source)
         if circuit is None:
             circuit = sc.discover(loaded, prompts, progress=lambda done, total: progress("pruning", done, total))
         found = evaluate_circuit(ablation, circuit, n_knockouts=n_knockouts, greedy=greedy, seed=seed)
-        curve = node_curve(ablation, node_ranking(sc.sweep(loaded, prompts, "heads+mlps", source=source)), seed=seed)
+        scores = sc.sweep(loaded, prompts, "heads+mlps", source=source, metric=metric.value)
+        curve = node_curve(ablation, node_ranking(scores), seed=seed)
         baseline = None
         if n_random:
             baseline = random_baseline(
@@ -111,7 +109,7 @@ def _print(circuit: sc.Circuit, found: Evaluation, curve: Curve, baseline: Basel
     table = new_table("", "points", "95 % interval", "")
     rows = [("recovered", found.recovered, "by the circuit alone")]
     rows += [("destroyed", found.destroyed, "by ablating the circuit alone")]
-    rows += [("score", found.score, "100 · circuit / full model")] if found.score is not None else []
+    rows += [("score", found.score, "what the circuit keeps of the full model")]
     for name, interval, what in rows:
         mean, low, high = interval.at()
         table.add_row(name, f"{mean:.1f}", f"{low:.1f} to {high:.1f}", what)

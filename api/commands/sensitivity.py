@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
@@ -26,6 +26,7 @@ from subcircuit.options import (
 
 if TYPE_CHECKING:
     from subcircuit.analysis.sensitivity import Outcome, Sensitivity
+    from subcircuit.engine.patching.metric import Metric
 
 
 def sensitivity(
@@ -76,7 +77,7 @@ def sensitivity(
             draws,
             circuit,
             sources=sources.split(","),
-            metrics=metrics.split(","),
+            metrics=cast("list[Metric]", metrics.split(",")),
             scopes=scopes.split(","),
             threshold=threshold,
             n_random=n_random,
@@ -116,7 +117,7 @@ def _print(found: Sensitivity) -> None:
 
 
 def _points(outcome: Outcome) -> tuple[str, str, str]:
-    score = "–" if outcome.score is None else f"{outcome.score:.1f}"
+    score = f"{outcome.score:.1f}"
     if outcome.recovered is None:
         return score, "–", "nothing to recover"
     mean, low, high = outcome.recovered

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Annotated
 
@@ -17,6 +18,8 @@ from subcircuit.options import (
     ExecutorOption,
     FilterOption,
     JsonOption,
+    Metric,
+    MetricOption,
     ModelOption,
     NOption,
     Precision,
@@ -45,6 +48,7 @@ def sweep(
     template: TemplateOption = "all",
     only_answered: FilterOption = False,
     source: SourceOption = "corrupted",
+    metric: MetricOption = Metric.logit_difference,
     precision: PrecisionOption = Precision.fp32,
     executor: ExecutorOption = Executor.torch,
     dtype: DtypeOption = "float32",
@@ -70,24 +74,29 @@ def sweep(
             positions=where,
             executor=executor.value,
             precision=precision.value,
+            metric=metric.value,
             progress=lambda done, total: progress("sweep", done, total),
         )
     q_values = cell_q_values(scores, seed=seed).tolist()
-    rows = [row | {"q": q} for row, q in zip(scores.table(), q_values, strict=True)]
+    rows = [row | {"q": None if math.isnan(q) else q} for row, q in zip(scores.table(), q_values, strict=True)]
     if csv_file is not None:
         write_csv(csv_file, rows)
     if as_json:
         print(json.dumps({"settings": scores.settings, "sites": rows}))
         return
     clean = float(scores.clean_metric.mean())
-    out.print(f"{len(rows)} sites × {scores.effects.shape[1]} prompts, clean logit difference {clean:.3f}")
+    name = metric.value.replace("_", " ")
+    out.print(f"{len(rows)} sites × {scores.effects.shape[1]} prompts, clean {name} {clean:.3f}")
     table = new_table("site", "effect", "± s.e.", "share", "q")
     for row in sorted(rows, key=lambda row: -abs(row["effect"]))[:top]:
-        numbers = f"{row['effect']:+.3f}", f"{row['standard_error']:.3f}", f"{row['share']:+.1%}", f"{row['q']:.2g}"
+        share = "–" if row["share"] is None else f"{row['share']:+.1%}"
+        q = "–" if row["q"] is None else f"{row['q']:.2g}"
+        numbers = f"{row['effect']:+.3f}", f"{row['standard_error']:.3f}", share, q
         table.add_row(row["site"], *numbers)
     out.print(table)
-    n_called = sum(q <= CALLED for q in q_values)
-    out.print(f"{n_called} of {len(rows)} sites have an effect, at a false discovery rate of {CALLED:.0%} (q)")
+    if all(row["q"] is not None for row in rows):
+        n_called = sum(row["q"] <= CALLED for row in rows)
+        out.print(f"{n_called} of {len(rows)} sites have an effect, at a false discovery rate of {CALLED:.0%} (q)")
     if csv_file is not None:
         out.print(f"All sites: {csv_file}")
 

@@ -34,9 +34,13 @@ def answer_directions(
     unembed: Float[Tensor, "d_vocab d_model"], answers: TokenSet, wrongs: TokenSet
 ) -> Float[Tensor, "prompt d_model"]:
     """Along which the normed residual stream is mean logit(answers) − mean logit(wrongs)."""
-    answers, wrongs = answers.to(unembed.device), wrongs.to(unembed.device)
-    right, wrong = (_mean(unembed[tokens.clamp(min=0)], tokens) for tokens in (answers, wrongs))
-    return right - wrong
+    return mean_unembed(unembed, answers) - mean_unembed(unembed, wrongs)
+
+
+def mean_unembed(unembed: Float[Tensor, "d_vocab d_model"], tokens: TokenSet) -> Float[Tensor, "prompt d_model"]:
+    """Along which the normed residual stream is the mean logit of each prompt's tokens."""
+    tokens = tokens.to(unembed.device)
+    return _mean(unembed[tokens.clamp(min=0)], tokens)
 
 
 def _mean(values: Float[Tensor, "prompt token *d"], tokens: TokenSet) -> Float[Tensor, "prompt *d"]:

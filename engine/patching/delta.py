@@ -31,8 +31,9 @@ from torch.nn import Linear
 
 from subcircuit.engine.blocks import Block, Norm
 from subcircuit.engine.model import HookedTransformer
-from subcircuit.engine.patching.answers import answer_directions, token_sets
+from subcircuit.engine.patching.answers import token_sets
 from subcircuit.engine.patching.compile import HookPatch, compile_masks, hook_patches, patched
+from subcircuit.engine.patching.metric import Metric, MetricReadout
 from subcircuit.engine.patching.plan import Start
 from subcircuit.engine.patching.sites import PatchSet
 from subcircuit.engine.patching.sources import AlignedPrompts, PromptChunk, Sources, activations
@@ -42,7 +43,6 @@ from subcircuit.kernels.attention_delta import attention_delta, replace_heads
 from subcircuit.kernels.backend import Backend
 from subcircuit.kernels.head_fanout import head_fanout
 from subcircuit.kernels.norm_delta import norm_delta
-from subcircuit.kernels.readout import readout
 
 Delta = Float[Tensor, "#set prompt pos d"]
 Patches = dict[str, list[HookPatch]]
@@ -135,6 +135,7 @@ class DeltaRun:
         chunk: PromptChunk,
         sources: Sources,
         backend: Backend = "torch",
+        metric: Metric = "logit_difference",
     ) -> None:
         self.model, self.weights, self.chunk, self.sources = model, weights, chunk, sources
         self.config = model.config
@@ -146,7 +147,8 @@ class DeltaRun:
             positions = torch.arange(self.n_pos, device=model.device)
             self._rotation = rope_tables(rope_frequencies(self.config), positions, model.dtype)
         self._run_clean()
-        self.direction = answer_directions(model.unembed_weight, *(tokens[chunk] for tokens in token_sets(prompts)))
+        answers, wrongs = (tokens[chunk] for tokens in token_sets(prompts))
+        self.readout = MetricReadout(model, self.final, answers, wrongs, metric, backend)
         self._base: PatchSet = ()
         self._base_first = 0
         self._base_deltas: list[Split] = []
@@ -164,7 +166,6 @@ class DeltaRun:
         self.patched_clean = {name: cache[name] for name in patched_names}
         self.clean = [self._clean_layer(cache, layer, q, k) for layer in range(n_layers)]
         self.final = cache[last][:, -1]
-        self.final_normed: Tensor = self.model.ln_final(self.final)
 
     def _clean_layer(self, cache: Mapping[str, Tensor], layer: int, q: str, k: str) -> CleanLayer:
         block = cast(Block, self.model.blocks[layer])
@@ -188,7 +189,7 @@ class DeltaRun:
 
     @property
     def clean_metric(self) -> Float[Tensor, "prompt"]:
-        return (self.final_normed * self.direction).sum(-1)
+        return self.readout.clean
 
     def covers(self, names: Sequence[str]) -> bool:
         """Whether the clean values of these hook points were kept."""
@@ -232,10 +233,7 @@ class DeltaRun:
         final = _joined((_last(delta[0]), _last(delta[1])))
         if final is None:
             return self.final.new_zeros(len(patch_sets), self.n_prompts)
-        norm = self.model.ln_final
-        inputs = self.final, self.final_normed, final, norm.weight, norm.bias, norm.eps, self.direction
-        effects = readout(*inputs, backend=self.backend)
-        return effects.expand(len(patch_sets), -1)
+        return self.readout.effects(final).expand(len(patch_sets), -1)
 
     def with_weights(self, weights: Callable[[int], LayerWeights], product_dtype: torch.dtype) -> DeltaRun:
         """The same clean run with the products in another precision, and no base."""

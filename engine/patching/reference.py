@@ -9,7 +9,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from subcircuit.engine.model import HookedTransformer
-from subcircuit.engine.patching.answers import mean_at, token_sets
+from subcircuit.engine.patching.answers import TokenSet, token_sets
+from subcircuit.engine.patching.metric import Metric, measure
 from subcircuit.engine.patching.sites import Patch, PatchSet, Source
 from subcircuit.engine.patching.sources import AlignedPrompts, PromptChunk, Sources
 
@@ -25,17 +26,21 @@ def reference_effects(
     source: Source,
     prompts_per_chunk: int,
     progress: Progress | None = None,
+    metric: Metric = "logit_difference",
 ) -> tuple[Float[Tensor, "set prompt"], Float[Tensor, "prompt"]]:
     """Effects of every patch set on every prompt, and the clean metric, from full forwards in the model's own dtype."""
     n_prompts = len(prompts.clean)
     sources = Sources(model, prompts, patch_sets, source, prompts_per_chunk)
-    patched = torch.empty(len(patch_sets), n_prompts, dtype=model.dtype, device=model.device)
-    clean = torch.empty(n_prompts, dtype=model.dtype, device=model.device)
+    dtype = torch.promote_types(model.dtype, torch.float32)
+    patched = torch.empty(len(patch_sets), n_prompts, dtype=dtype, device=model.device)
+    clean = torch.empty(n_prompts, dtype=dtype, device=model.device)
     n_done = 0
     for chunk in torch.arange(n_prompts).split(prompts_per_chunk):
-        clean[chunk] = _logit_difference(model(prompts.clean[chunk]), prompts, chunk)
+        clean_logits = model(prompts.clean[chunk])[:, -1]
+        clean[chunk] = measure(clean_logits, clean_logits, *_answers(prompts, chunk), metric).to(dtype)
         for i, patch_set in enumerate(patch_sets):
-            patched[i, chunk] = patched_metric(model, prompts, chunk, patch_set, sources)
+            row = patched_metric(model, prompts, chunk, patch_set, sources, metric, clean_logits)
+            patched[i, chunk] = row.to(dtype)
             n_done += len(chunk)
             if progress is not None:
                 progress(n_done, len(patch_sets) * n_prompts)
@@ -44,18 +49,27 @@ def reference_effects(
 
 
 def patched_metric(
-    model: HookedTransformer, prompts: AlignedPrompts, chunk: PromptChunk, patch_set: PatchSet, sources: Sources
+    model: HookedTransformer,
+    prompts: AlignedPrompts,
+    chunk: PromptChunk,
+    patch_set: PatchSet,
+    sources: Sources,
+    metric: Metric,
+    clean_logits: Float[Tensor, "chunk d_vocab"] | None,
 ) -> Float[Tensor, "chunk"]:
-    """The metric of a chunk of prompts from one full forward with the patches of one set."""
+    """The metric of a chunk of prompts from one full forward with the patches of one set.
+
+    `clean_logits` are those of the clean run, or its log-probabilities; only `kl` needs them.
+    """
     n_pos = prompts.clean.shape[1]
     hooks = [(patch.site.component.hook_name, _replace(model, patch, sources, chunk, n_pos)) for patch in patch_set]
-    return _logit_difference(model.run_with_hooks(prompts.clean[chunk], hooks), prompts, chunk)
+    logits = model.run_with_hooks(prompts.clean[chunk], hooks)[:, -1]
+    return measure(logits, clean_logits, *_answers(prompts, chunk), metric)
 
 
-def _logit_difference(logits: Tensor, prompts: AlignedPrompts, chunk: PromptChunk) -> Float[Tensor, "prompt"]:
-    last = logits[:, -1]
-    answers, wrongs = (tokens[chunk] for tokens in token_sets(prompts))
-    return mean_at(last, answers) - mean_at(last, wrongs)
+def _answers(prompts: AlignedPrompts, chunk: PromptChunk) -> tuple[TokenSet, TokenSet]:
+    answers, wrongs = token_sets(prompts)
+    return answers[chunk], wrongs[chunk]
 
 
 def _replace(

@@ -15,6 +15,7 @@ from subcircuit.engine.blocks import Block
 from subcircuit.engine.errors import PatchError
 from subcircuit.engine.model import HookedTransformer
 from subcircuit.engine.patching.delta import DeltaRun, Departures, LayerWeights
+from subcircuit.engine.patching.metric import Metric, check_metric, clean_readout_bytes
 from subcircuit.engine.patching.plan import (
     TOKENS_PER_CHUNK,
     Start,
@@ -50,8 +51,7 @@ class Effects:
     """What patch sets did to the metric of each prompt."""
 
     effects: Float[Tensor, "set prompt"]
-    """metric(patched row) − metric(clean run of that prompt): logit(answer) − logit(wrong) at the last position,
-    means over the tokens where a prompt has several."""
+    """metric(patched row) − metric(clean run of that prompt), of the prediction after the last position."""
     clean_metric: Float[Tensor, "prompt"]
     n_precise: int = 0
     """Rows whose δ was too large for products in bfloat16, and which were computed in float32 instead."""
@@ -91,9 +91,11 @@ class DeltaSession:
     `precision` is that of the δ products: `fp32`, `bf16` (everything else stays float32), or `fp64` (all of it). Clean
     activations are kept for as many prompts as half of `budget_bytes` holds (`default_budget` if None); with more
     prompts than that, each call runs the clean prompts anew, chunk by chunk. Prompts that start to differ from their
-    corrupted twins at different positions are run apart where that saves more than it costs.
+    corrupted twins at different positions are run apart where that saves more than it costs. `metric` is one of
+    `engine.patching.metric`.
 
-    Raises PatchError for prompts that are not aligned, and for an executor that cannot run where the model is.
+    Raises PatchError for prompts that are not aligned, for a metric that does not exist, and for an executor that
+    cannot run where the model is.
     """
 
     def __init__(
@@ -105,8 +107,10 @@ class DeltaSession:
         precision: Precision = "fp32",
         budget_bytes: int | None = None,
         executor: DeltaExecutor = "torch",
+        metric: Metric = "logit_difference",
     ) -> None:
         check_prompts(model, prompts)
+        check_metric(metric)
         if executor not in get_args(DeltaExecutor):
             raise PatchError(
                 f"executor {executor!r} is not known; expected one of {', '.join(get_args(DeltaExecutor))}"
@@ -119,7 +123,7 @@ class DeltaSession:
         product_dtype = _dtype(precision)
         compute_dtype = torch.float64 if product_dtype == torch.float64 else torch.float32
         self.model = in_dtype(model, compute_dtype)
-        self.prompts = prompts
+        self.prompts, self._metric = prompts, metric
         self._product_dtype, self._compute_dtype = product_dtype, compute_dtype
         blocks = [cast(Block, block) for block in self.model.blocks]
         self._weights = [LayerWeights.of(block, product_dtype) for block in blocks].__getitem__
@@ -128,7 +132,9 @@ class DeltaSession:
         on_cpu = self.model.device.type == "cpu"
         budget = default_budget(self.model.device) if budget_bytes is None else budget_bytes
         element_size = torch.finfo(compute_dtype).bits // 8
-        self._prompts_kept = max(1, budget // 2 // clean_bytes(model.config, self.n_pos, element_size))
+        prompt_bytes = clean_bytes(model.config, self.n_pos, element_size)
+        prompt_bytes += clean_readout_bytes(model.config, metric, element_size)
+        self._prompts_kept = max(1, budget // 2 // prompt_bytes)
         self._sources = Sources(self.model, prompts, [], source, min(self._prompts_kept, self.n_prompts))
         row_tokens = budget // 4 // (row_bytes(model.config, self.n_pos, element_size) // self.n_pos)
         self._max_tokens = max(1, min(TOKENS_PER_CHUNK, row_tokens) if on_cpu else row_tokens)
@@ -221,7 +227,8 @@ class DeltaSession:
         self, run: DeltaRun, sets: Sequence[PatchSet], chosen: Sequence[int], effects: Float[Tensor, "set prompt"]
     ) -> None:
         for i in chosen:
-            metric = patched_metric(self.model, self.prompts, run.chunk, sets[i], self._sources)
+            inputs = self.model, self.prompts, run.chunk, sets[i], self._sources
+            metric = patched_metric(*inputs, self._metric, run.readout.log_p)
             effects[i, run.chunk] = metric - run.clean_metric
 
     def _check(self, sets: Iterable[PatchSet], base: PatchSet) -> None:
@@ -239,7 +246,14 @@ class DeltaSession:
                 self._runs.clear()  # what does not fit beside the others is made anew, what lacks a hook point too
                 self._sources.forget()
             run = self._runs[id(prompts)] = DeltaRun(
-                self.model, self._weights, self._product_dtype, self.prompts, prompts, self._sources, self._backend
+                self.model,
+                self._weights,
+                self._product_dtype,
+                self.prompts,
+                prompts,
+                self._sources,
+                self._backend,
+                self._metric,
             )
         return run
 
@@ -288,13 +302,17 @@ def patch_effects(
     precision: Precision = "fp32",
     budget_bytes: int | None = None,
     progress: Progress | None = None,
+    metric: Metric = "logit_difference",
 ) -> Effects:
     """Effects of patch sets on every prompt: `[set, prompt]`, metric(patched row) − metric(clean run).
+
+    `metric` is `logit_difference`, `log_probability` (of the answers, in nats), `kl` (of the row's prediction from the
+    clean run's, in nats) or `accuracy`; `engine.patching.metric` defines them.
 
     Executors: `reference` runs one full forward with hooks per patch set in the given precision; `torch` propagates δ
     only, `triton` the same with fused kernels on a GPU. `budget_bytes` is what they may take beside the weights.
 
-    Raises PatchError for a component, position, source, executor or precision that does not exist.
+    Raises PatchError for a component, position, source, executor, precision or metric that does not exist.
     """
     if executor in get_args(DeltaExecutor):
         session = DeltaSession(
@@ -304,11 +322,13 @@ def patch_effects(
             precision=precision,
             budget_bytes=budget_bytes,
             executor=cast(DeltaExecutor, executor),
+            metric=metric,
         )
         return session.effects(patch_sets, progress=progress)
     if executor != "reference":
         raise PatchError(f"executor {executor!r} is not known; expected one of {', '.join(EXECUTORS)}")
     check_prompts(model, prompts)
+    check_metric(metric)
     sets = [as_patch_set(patch_set) for patch_set in patch_sets]
     for patch_set in sets:
         for patch in patch_set:
@@ -316,7 +336,7 @@ def patch_effects(
     model = in_dtype(model, _dtype(precision))
     budget = default_budget(model.device) if budget_bytes is None else budget_bytes
     chunk = max(1, budget // 4 // clean_bytes(model.config, prompts.clean.shape[1], 8))
-    return Effects(*reference_effects(model, prompts, sets, source, chunk, progress))
+    return Effects(*reference_effects(model, prompts, sets, source, chunk, progress, metric))
 
 
 def _keep_freed_memory() -> None:

@@ -7,11 +7,10 @@ import random
 import pytest
 import torch
 
-from circuit_cases import answered_task
+from circuit_cases import answered_task, reference_ablation
 from patching_cases import CONFIGS, random_model
 from subcircuit.analysis.curves import SHARES, faithfulness_curve, node_curve, node_ranking, sized
 from subcircuit.analysis.faithfulness import Ablation, all_nodes
-from subcircuit.analysis.forwards import ForwardAblation
 from subcircuit.analysis.sweep import sweep
 from subcircuit.engine.errors import PatchError
 
@@ -62,8 +61,8 @@ def test_all_points_in_one_batch_are_those_of_one_forward_each(name, metric):
     task = answered_task(model, SEED + 1)
     ranking = all_nodes(model.config)
     random.Random(SEED).shuffle(ranking)
-    slow = ForwardAblation(model, task, metric=metric)
-    fast = Ablation(model, task, precision="fp64") if metric == "logit_difference" else slow
+    slow = reference_ablation(model, task, metric=metric)
+    fast = Ablation(model, task, metric=metric, precision="fp64")
     curve = node_curve(fast, ranking, shares=(0.1, 0.2, 0.5, 1.0), n_resamples=50)
     full, nothing = float(slow.clean.mean()), float(slow.kept_values([[]]).mean())
     expected = []

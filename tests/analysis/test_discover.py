@@ -12,6 +12,7 @@ from patching_cases import CONFIGS, random_model, random_prompts
 from subcircuit.analysis.circuit import Circuit
 from subcircuit.analysis.discover import discover
 from subcircuit.analysis.faithfulness import Ablation, node_drops, random_circuits, score
+from subcircuit.analysis.metrics import accuracy, kl_divergence, log_probability
 from subcircuit.analysis.tasks import task as build_task
 from subcircuit.analysis.tasks import task_from_tokens
 from subcircuit.engine.errors import PatchError, TaskError
@@ -151,6 +152,38 @@ def test_scores_drops_and_random_baselines_are_consistent(case):
     assert len(set(scores)) > 1
     same_layers = random_circuits(ablation, circuit, 3, seed=3, match="layers")
     assert len(same_layers) == 3
+
+
+@pytest.mark.parametrize("executor", ["torch", "reference"])
+def test_scores_of_other_metrics_are_what_is_left_of_the_full_model(case, executor):
+    model, task = case
+    double = model.double()
+    full = double(task.clean)[:, -1]
+    top = full.argmax(-1)
+    task = replace(task, answer=torch.where(torch.arange(task.n) % 2 == 0, top, task.answer))
+    circuit = Circuit(heads=[(0, 1), (0, 2), (1, 2), (2, 3)], mlps=[0, 2])
+
+    def zero(value, name):
+        value = value.clone()
+        kept = [head for layer, head in circuit.heads if f"blocks.{layer}." in name]
+        value[:, :, [head for head in range(4) if head not in kept]] = 0
+        return value
+
+    hooks = [(f"blocks.{layer}.attn.hook_z", zero) for layer in range(3)]
+    hooks.append(("blocks.1.hook_mlp_out", lambda value, name: torch.zeros_like(value)))
+    ablated = double.run_with_hooks(task.clean, hooks)[:, -1]
+    log_odds = log_probability(ablated, task.answer) - log_probability(full, task.answer)
+    expected = {
+        "log_probability": 100 * float(log_odds.mean().exp()),
+        "kl": 100 * float((-kl_divergence(ablated, full).mean()).exp()),
+        "accuracy": 100 * accuracy(ablated, task.answer) / accuracy(full, task.answer),
+    }
+    for metric, left in expected.items():
+        options = {"source": "zero", "executor": executor, "precision": "fp64", "metric": metric}
+        assert score(model, task, circuit, **options) == pytest.approx(left, rel=1e-6)
+        assert Ablation(model, task, **options).scores([()])[0] == pytest.approx(100)
+    with pytest.raises(TaskError, match=r"mean accuracy 0.000"):
+        Ablation(model, replace(task, answer=full.argmin(-1)), metric="accuracy", executor=executor)
 
 
 def test_what_cannot_be_pruned_is_refused(case):

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 
 import pytest
 import torch
 
-from circuit_cases import answered_task, random_circuit
+from circuit_cases import answered_task, random_circuit, reference_ablation
 from patching_cases import CONFIGS, random_model
 from subcircuit.analysis.baselines import cell_q_values, random_baseline
 from subcircuit.analysis.circuit import Circuit, intersection, union
@@ -23,7 +24,6 @@ from subcircuit.analysis.evaluation import (
     random_parts,
 )
 from subcircuit.analysis.faithfulness import Ablation, all_nodes, node_drops, random_circuits
-from subcircuit.analysis.forwards import ForwardAblation
 from subcircuit.analysis.statistics import benjamini_hochberg, sign_flip_p
 from subcircuit.analysis.sweep import sweep
 from subcircuit.engine.errors import PatchError
@@ -42,8 +42,8 @@ def case(request):
 @pytest.mark.parametrize("metric", ["logit_difference", "kl"])
 def test_an_evaluation_is_what_single_forwards_give(case, source, metric):
     model, task, circuit = case
-    slow = ForwardAblation(model, task, source=source, metric=metric)
-    fast = Ablation(model, task, source=source, precision="fp64") if metric == "logit_difference" else slow
+    slow = reference_ablation(model, task, source=source, metric=metric)
+    fast = Ablation(model, task, source=source, metric=metric, precision="fp64")
     found = evaluate_circuit(fast, circuit, n_knockouts=3, greedy=2, seed=SEED)
 
     def mean(nodes):
@@ -57,10 +57,8 @@ def test_an_evaluation_is_what_single_forwards_give(case, source, metric):
     assert found.items == tuple(map(str, nodes))
     for node, drop in zip(nodes, found.drops.mean.tolist(), strict=True):
         assert drop == pytest.approx((alone - mean(leave_out(nodes, [node]))) / width, abs=1e-8)
-    if metric == "kl":
-        assert found.score is None
-    else:
-        assert found.score.at()[0] == pytest.approx(100 * alone / full)
+    score = math.exp(-alone) if metric == "kl" else alone / full
+    assert found.score.at()[0] == pytest.approx(100 * score)
     named = {str(node): node for node in nodes}
     assert len(found.completeness.knockouts) == 5
     for i, names in enumerate(found.completeness.knockouts):
@@ -158,7 +156,7 @@ def test_unions_and_intersections_are_scored_beside_their_circuits(case):
     both = {"a": circuit, "b": other, "shared": intersection([circuit, other]), "either": union([circuit, other])}
     found = circuits_scored(Ablation(model, task, precision="fp64"), both)
     for name, each in both.items():
-        alone = evaluate_circuit(ForwardAblation(model, task), each, n_knockouts=0) if each.nodes else None
+        alone = evaluate_circuit(reference_ablation(model, task), each, n_knockouts=0) if each.nodes else None
         if alone is not None:
             assert found[name] == pytest.approx(alone.recovered.at())
 

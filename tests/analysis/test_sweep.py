@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -69,6 +70,21 @@ def test_the_table_and_the_top_agree_with_the_effects(case):
     assert row["effect"] == pytest.approx(effect)
     assert row["share"] == pytest.approx(effect / float(scores.clean_metric.mean()))
     assert row["standard_error"] == pytest.approx(float(scores.of(best).std() / 5**0.5))
+
+
+def test_every_metric_says_its_name_and_only_those_with_a_whole_have_shares(case):
+    model, task = case
+    for metric in ("log_probability", "kl", "accuracy"):
+        scores = sweep(model, task, "heads", source="zero", metric=metric)
+        reference = sweep(model, task, "heads", source="zero", metric=metric, executor="reference", precision="fp64")
+        assert scores.metric == scores.settings["metric"] == metric
+        torch.testing.assert_close(scores.effects.double(), reference.effects, rtol=1e-3, atol=1e-4)
+        shares = [row["share"] for row in scores.table()]
+        assert (shares == [None] * 12) == (metric != "accuracy")
+    old = replace(scores, settings={})
+    assert old.metric == "logit_difference"
+    with pytest.raises(PatchError, match="metric 'loss' is not known"):
+        sweep(model, task, "heads", metric="loss")
 
 
 def test_unknown_components_and_positions_are_named(case):

@@ -45,6 +45,17 @@ def test_a_sweep_prints_the_largest_effects_and_writes_every_site(run, tmp_path)
     assert len((tmp_path / "s.csv").read_text().splitlines()) == 33
 
 
+def test_a_sweep_measures_on_another_metric(run):
+    sweep = ("sweep", *TINY, "--task", "months", "--components", "m0+m1", "--source", "zero", "--metric", "kl")
+    status, out, _ = run(*sweep)
+    assert status == 0
+    assert "clean kl 0.000" in out
+    status, out, _ = run(*sweep, "--json")
+    found = json.loads(out)
+    assert found["settings"]["metric"] == "kl"
+    assert all(site["effect"] > 0 and site["share"] is None for site in found["sites"])
+
+
 def test_json_is_all_that_standard_output_holds(run):
     status, out, _ = run("sweep", *TINY, "--task", "months", "--components", "a0.h1", "--positions", "-1,2", "--json")
     assert status == 0

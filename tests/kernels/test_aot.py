@@ -22,7 +22,7 @@ def test_the_tightest_configurations_fit(target):
     command = [sys.executable, "-m", "subcircuit.kernels.aot", "--quick", "--target", target]
     script = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert script.returncode == 0, script.stdout + script.stderr
-    for kernel in ("norm_delta", "readout", "activation_delta", "head_fanout", "attention_delta"):
+    for kernel in ("norm_delta", "readout", "activation_delta", "head_fanout", "vocabulary", "attention_delta"):
         assert kernel in script.stdout
 
 
