@@ -189,7 +189,7 @@ def attention_delta_kernel(
             scores = tl.dot(q_high, tl.trans(k_high), acc=scores, input_precision=PRECISION)
         else:
             scores = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-            for column in range(0, BLOCK_H, CHUNK):
+            for column in range(0, HALF, CHUNK):
                 k_low, k_high = _moved(
                     clean_k, k_start, n * k_pos, delta_k, dk_start, n_in_new * dk_pos, cos, sin, n, key_there,
                     key_differs, column, D_HEAD, CHUNK,

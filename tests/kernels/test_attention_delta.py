@@ -225,6 +225,32 @@ def test_triton_equals_the_definition_over_many_blocks_and_columns(shape):
 
 
 @needs_triton
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("d_head", [32, 48, 96, 128, 160, 192, 256])
+def test_heads_of_every_width_in_every_precision(d_head, dtype):
+    shape = Shape(1, 1, 1, group=2, d_head=d_head, n_k=19, n_new=9, n_q=5, rotation=True, first=(2,), patch="positions")
+    check(draw_case(shape, SEED), dtype, "triton")
+
+
+@BACKENDS
+def test_four_thousand_positions_are_streamed(backend):
+    """Against float64 at the last position only: the definition over all of them takes half a minute."""
+    q, k, v = (torch.randn(4096, 32, generator=torch.Generator().manual_seed(SEED + i)).double() for i in range(3))
+    delta_k, delta_v = torch.randn(2, 1, 1, 3000, 1, 32, generator=torch.Generator().manual_seed(SEED + 3))
+
+    def last_z(k: Tensor, v: Tensor) -> Tensor:
+        return (q[-1] @ k.T / 32**0.5).softmax(-1) @ v
+
+    clean = [x.float().to(DEVICE)[None, :, None] for x in (q[-1:], k, v, last_z(k, v)[None])]
+    out = attention_delta(*clean, None, delta_k.to(DEVICE), delta_v.to(DEVICE), torch.float32, backend=backend)
+    k_row, v_row = k.clone(), v.clone()
+    k_row[-3000:] += delta_k[0, 0, :, 0]
+    v_row[-3000:] += delta_v[0, 0, :, 0]
+    expected = last_z(k_row, v_row) - last_z(k, v)
+    torch.testing.assert_close(out.cpu().flatten().double(), expected, rtol=1e-5, atol=1e-6)
+
+
+@needs_triton
 @pytest.mark.parametrize("d_head", [1, 32, 64, 80, 128, 256, 512])
 @pytest.mark.parametrize("n_rows", [1, 4096])
 @pytest.mark.parametrize("recent", [True, False])

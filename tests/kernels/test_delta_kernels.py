@@ -131,7 +131,7 @@ def test_activation_delta(draw, backend, dtype, name, gated, d_mlp):
 @every_backend
 @every_dtype
 @pytest.mark.parametrize("n_prompts", [1, 3])
-@pytest.mark.parametrize("d_head", [8, 33, 64])
+@pytest.mark.parametrize("d_head", [8, 33, 64, 256])
 def test_head_fanout(draw, backend, dtype, n_prompts, d_head):
     source_delta, w_o = draw(n_prompts, 6, 4, d_head)[:, 1:], draw(70, 4 * d_head)
     heads = torch.tensor([2, 0, 2], device=DEVICE)
