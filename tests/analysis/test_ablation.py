@@ -64,6 +64,8 @@ def test_every_metric_is_that_of_a_plain_loop(case, source, positions):
     }
     logits = [plain_logits(model, task, kept, source, where) for kept in circuits]
     for metric, measure in by_metric.items():
+        if metric == "accuracy" and not measure(clean).any():
+            continue  # the model answers no prompt, so that an ablation has nothing to score
         expected = torch.stack([measure(rows) for rows in logits]).double()
         for executor in ("torch", "reference"):
             options = {"source": source, "metric": metric, "positions": positions, "precision": "fp64"}
