@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from subcircuit.analysis.check import check_effects
 from subcircuit.analysis.tasks import Task
 from subcircuit.engine.config import ModelConfig
 from subcircuit.engine.errors import PatchError
@@ -163,6 +164,7 @@ def sweep(
     executor: Executor = "torch",
     precision: Precision = "fp32",
     budget_bytes: int | None = None,
+    check: int = 0,
     progress: Callable[[int, int], None] | None = None,
     metric: Metric = "logit_difference",
 ) -> Scores:
@@ -172,7 +174,9 @@ def sweep(
     joined by `+`, or a list of names (`a5.h1`) and sites. `source` is what is put there: the corrupted prompt's
     value, the per-position mean over the corrupted prompts, zero, or tensors by hook name. `positions` as in
     `sites_of`. `metric` is `logit_difference`, `log_probability` (of the answers), `kl` (of the patched prediction from
-    the clean one) or `accuracy`.
+    the clean one) or `accuracy`. `check` rows, drawn at random, are run once more as full forward passes in float64;
+    how far they were off, and whether that is within the precision's tolerance, is in `settings["check"]` (see
+    `analysis.check.Check`).
 
     Raises PatchError for what does not exist or is not aligned.
     """
@@ -188,7 +192,7 @@ def sweep(
         progress=progress,
         metric=metric,
     )
-    settings = {
+    settings: dict[str, Any] = {
         "method": "exact patching",
         "metric": metric,
         "source": source if isinstance(source, str) else "tensors",
@@ -199,5 +203,11 @@ def sweep(
         "n_prompts": len(task.clean),
         "n_precise_rows": result.n_precise,
         "n_full_rows": result.n_full,
+        "n_halvings": result.n_halvings,
     }
+    if check:
+        checked = check_effects(
+            model, task, sites, result.effects, k=check, source=source, precision=precision, metric=metric
+        )
+        settings["check"] = checked.as_dict()
     return Scores(sites, result.effects.cpu(), result.clean_metric.cpu(), model.config, settings)

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from subcircuit.analysis.compare import cross_task_scores, jaccard_matrix
     from subcircuit.analysis.discover import discover
     from subcircuit.analysis.faithfulness import Ablation, node_drops, random_circuits, score
+    from subcircuit.analysis.plan import plan
     from subcircuit.analysis.study import StudySettings, study
     from subcircuit.analysis.sweep import Scores, sweep
     from subcircuit.analysis.tasks import Task, task, task_from_file, task_from_tokens, task_names
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from subcircuit.engine.errors import SubcircuitError
     from subcircuit.engine.model import HookedTransformer
     from subcircuit.engine.patching import Component, DeltaSession, Effects, Patch, Site, patch_effects
+    from subcircuit.engine.patching.planner import Plan
     from subcircuit.weights.names import known_models, load
 
 _HOMES = {
@@ -39,6 +41,7 @@ _HOMES = {
     "analysis.compare": ("cross_task_scores", "jaccard_matrix"),
     "analysis.discover": ("discover",),
     "analysis.faithfulness": ("Ablation", "node_drops", "random_circuits", "score"),
+    "analysis.plan": ("plan",),
     "analysis.study": ("StudySettings", "study"),
     "analysis.sweep": ("Scores", "sweep"),
     "analysis.tasks": ("Task", "task", "task_from_file", "task_from_tokens", "task_names"),
@@ -47,6 +50,7 @@ _HOMES = {
     "engine.errors": ("SubcircuitError",),
     "engine.model": ("HookedTransformer",),
     "engine.patching": ("Component", "DeltaSession", "Effects", "Patch", "Site", "patch_effects"),
+    "engine.patching.planner": ("Plan",),
     "weights.names": ("known_models", "load"),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
@@ -63,6 +67,7 @@ __all__ = [
     "HookedTransformer",
     "ModelConfig",
     "Patch",
+    "Plan",
     "RopeScaling",
     "Scores",
     "Site",
@@ -80,6 +85,7 @@ __all__ = [
     "load",
     "node_drops",
     "patch_effects",
+    "plan",
     "random_circuits",
     "score",
     "study",

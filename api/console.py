@@ -17,7 +17,20 @@ out = Console(width=None if sys.stdout.isatty() else 160, soft_wrap=True, markup
 err = Console(stderr=True, markup=False, highlight=False)
 
 
-_NUMBERS = ("effect", "± s.e.", "share", "top-1", "heads", "MLPs", "score", "random, mean", "random, best")
+_NUMBERS = (
+    "effect",
+    "± s.e.",
+    "share",
+    "top-1",
+    "heads",
+    "MLPs",
+    "score",
+    "random, mean",
+    "random, best",
+    "sites",
+    "products",
+    "attention",
+)
 
 
 def new_table(*columns: str) -> Table:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from enum import StrEnum
 from typing import Annotated
 
@@ -49,6 +50,9 @@ MetricOption = Annotated[
     Metric,
     typer.Option(help="What effects are measured on; kl: of the patched prediction from the clean one, in nats."),
 ]
+BudgetOption = Annotated[
+    str | None, typer.Option(help="Memory beside the weights, such as 4GB or 512MiB; 2GiB on a CPU if left out.")
+]
 DtypeOption = Annotated[str, typer.Option(help="Of the model's weights: float32, bfloat16, float16 or float64.")]
 DeviceOption = Annotated[str, typer.Option(help="Where the model runs: cpu, cuda, cuda:1, …")]
 JsonOption = Annotated[bool, typer.Option("--json", help="The result as JSON on standard output.")]
@@ -56,3 +60,17 @@ QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on
 ThresholdOption = Annotated[float, typer.Option(help="Points of score that the circuit may lose.")]
 FirstOption = Annotated[Direction, typer.Option(help="Direction of the first pruning sweep.")]
 MaxSweepsOption = Annotated[int | None, typer.Option(min=1, help="At most so many pruning sweeps.")]
+
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+
+
+def bytes_of(text: str | None) -> int | None:
+    """Bytes of a size such as `4GB`, `1.5GiB` or `2000000`; None of None."""
+    if text is None:
+        return None
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) *([kmgt]i?)?b?", text.strip().lower())
+    n_bytes = int(float(match[1]) * _UNITS[match[2] or ""]) if match else 0
+    if n_bytes < 1:
+        raise typer.BadParameter(f"memory {text!r}: expected a size such as 4GB or 512MiB")
+    return n_bytes

@@ -62,6 +62,16 @@ def compile_masks(
     return masks
 
 
+def one_head_each(mask: MaskArray) -> bool:
+    """Whether every set replaces one index, at all positions."""
+    return mask.shape[1] == 1 and bool((mask[:, 0].sum(1) == 1).all())
+
+
+def replaces_all(mask: MaskArray) -> bool:
+    """Whether every set replaces everything, so that what would have been there need not be computed."""
+    return bool(mask.all())
+
+
 def hook_patches(
     masks: Masks, clean: Mapping[str, Tensor], sources: Sources, prompts: PromptChunk, first: int
 ) -> dict[str, list[HookPatch]]:
@@ -73,10 +83,10 @@ def hook_patches(
             delta = (sources.value(key, name, prompts) - clean[name])[:, first:]
             delta = delta.reshape(*delta.shape[:2], array.shape[2], -1)
             # What the host decides by is read from the host's own copy: a GPU is not waited for.
-            one_each = array.shape[1] == 1 and bool((array[:, 0].sum(1) == 1).all())
+            one_each = one_head_each(array)
             heads = torch.from_numpy(array[:, 0].argmax(1)).to(device, non_blocking=True) if one_each else None
             mask = torch.from_numpy(array).to(device, non_blocking=True)
-            compiled.setdefault(name, []).append(HookPatch(mask, delta, heads, bool(array.all())))
+            compiled.setdefault(name, []).append(HookPatch(mask, delta, heads, replaces_all(array)))
     return compiled
 
 

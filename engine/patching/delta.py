@@ -100,7 +100,7 @@ class Departures:
     """How much each set changes the residual stream that enters (if patched) or leaves the first layer it touches."""
 
     size: Float[Tensor, "set"]
-    """|δ| / |x|, root mean square over prompts and positions."""
+    """|δ| / |x|, the largest over prompts and positions."""
     shrinkage: Float[Tensor, "set"]
     """|x| / |x + δ|, the largest over prompts and positions."""
 
@@ -115,8 +115,19 @@ class Departures:
             return
         clean = clean[:, -joined.shape[2] :]
         before, moved, after = (torch.linalg.vector_norm(x, dim=-1) for x in (clean, joined, clean + joined))
-        torch.maximum(self.size, (moved / before).square().mean((1, 2)).sqrt(), out=self.size)
+        torch.maximum(self.size, (moved / before).amax((1, 2)), out=self.size)
         torch.maximum(self.shrinkage, (before / after).amax((1, 2)), out=self.shrinkage)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Patch sets on their way up, each with every prompt: their δ at `layer`'s entrance, from position `first` on."""
+
+    patch_sets: Sequence[PatchSet]
+    patches: Patches
+    delta: Split
+    layer: int
+    first: int
 
 
 class DeltaRun:
@@ -216,24 +227,40 @@ class DeltaRun:
                 self._base_deltas.append(self._block(below, self._base_deltas[below], patches, self._base_first))
         return self._base_deltas[layer]
 
-    def effects(
-        self, patch_sets: Sequence[PatchSet], start: Start, departures: Departures | None = None
-    ) -> Float[Tensor, "set prompt"]:
-        """Effects of patch sets (on top of the base) that all start at `start`; `departures` takes how much they depart
-        there, if given."""
+    def enter(self, patch_sets: Sequence[PatchSet], start: Start, departures: Departures | None = None) -> Rows:
+        """Patch sets (on top of the base) that all start at `start`, run through their first layer; `departures` takes
+        how much they depart there, if given."""
         first = min(start.first, self._base_first) if self._base else start.first
         patches = self._patches([(*self._base, *patch_set) for patch_set in patch_sets], first, start.layer)
         delta = self._base_delta(start.layer)
         if departures is not None:
             departures.include(self._patched_resid(start.layer, delta, patches), self._clean_entering(start.layer))
-        for layer in range(start.layer, self.config.n_layers):
-            delta = self._block(layer, delta, patches, first)
-            if departures is not None and layer == start.layer:
-                departures.include(delta, self._clean_entering(layer + 1))
+        if start.layer == self.config.n_layers:
+            return Rows(patch_sets, patches, delta, start.layer, first)
+        delta = self._block(start.layer, delta, patches, first)
+        if departures is not None:
+            departures.include(delta, self._clean_entering(start.layer + 1))
+        return Rows(patch_sets, patches, delta, start.layer + 1, first)
+
+    def select(self, rows: Rows, chosen: Sequence[int]) -> Rows:
+        """Some of the patch sets, by index."""
+        if len(chosen) == len(rows.patch_sets):
+            return rows
+        sets = [rows.patch_sets[i] for i in chosen]
+        patches = self._patches([(*self._base, *patch_set) for patch_set in sets], rows.first, rows.layer)
+        at = torch.tensor(chosen, dtype=torch.int64, device=self.model.device)
+        resid, product = (part if part is None or part.shape[0] == 1 else part[at] for part in rows.delta)
+        return Rows(sets, patches, (resid, product), rows.layer, rows.first)
+
+    def leave(self, rows: Rows) -> Float[Tensor, "set prompt"]:
+        """Run patch sets through the layers above and read their effects."""
+        delta = rows.delta
+        for layer in range(rows.layer, self.config.n_layers):
+            delta = self._block(layer, delta, rows.patches, rows.first)
         final = _joined((_last(delta[0]), _last(delta[1])))
         if final is None:
-            return self.final.new_zeros(len(patch_sets), self.n_prompts)
-        return self.readout.effects(final).expand(len(patch_sets), -1)
+            return self.final.new_zeros(len(rows.patch_sets), self.n_prompts)
+        return self.readout.effects(final).expand(len(rows.patch_sets), -1)
 
     def with_weights(self, weights: Callable[[int], LayerWeights], product_dtype: torch.dtype) -> DeltaRun:
         """The same clean run with the products in another precision, and no base."""

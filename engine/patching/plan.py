@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from jaxtyping import Int
 from torch import Tensor
 
-from subcircuit.engine.config import ModelConfig
 from subcircuit.engine.patching.sites import PatchSet
 
 # Rows enough for full-speed GEMMs, few enough for a core's cache to help the elementwise steps between them.
@@ -80,18 +79,3 @@ def plan_chunks(starts: Sequence[Start], n_prompts: int, n_pos: int, max_tokens:
         size = -(-len(sets) // n_chunks)
         chunks += [Chunk(start, tuple(sets[i : i + size])) for i in range(0, len(sets), size)]
     return chunks
-
-
-def clean_bytes(config: ModelConfig, n_pos: int, element_size: int) -> int:
-    """Bytes that the clean activations of one prompt take while its rows are run."""
-    attention = 2 * (config.n_heads + config.kv_heads) * config.d_head
-    mlp = (3 if config.gated_mlp else 2) * config.d_mlp
-    return n_pos * config.n_layers * (4 * config.d_model + attention + mlp) * element_size
-
-
-def row_bytes(config: ModelConfig, n_pos: int, element_size: int) -> int:
-    """Bytes that one row takes at the widest point of a block."""
-    attention = 3 * config.d_model + 3 * (config.n_heads + 2 * config.kv_heads) * config.d_head
-    attention += 2 * config.n_heads * n_pos
-    mlp = 3 * config.d_model + (3 if config.gated_mlp else 2) * config.d_mlp
-    return n_pos * max(attention, mlp) * element_size

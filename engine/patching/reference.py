@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from subcircuit.engine.hooks import Hook
 from subcircuit.engine.model import HookedTransformer
 from subcircuit.engine.patching.answers import TokenSet, token_sets
 from subcircuit.engine.patching.metric import Metric, measure
@@ -36,7 +37,7 @@ def reference_effects(
     clean = torch.empty(n_prompts, dtype=dtype, device=model.device)
     n_done = 0
     for chunk in torch.arange(n_prompts).split(prompts_per_chunk):
-        clean_logits = model(prompts.clean[chunk])[:, -1]
+        clean_logits = last_logits(model, prompts, chunk)
         clean[chunk] = measure(clean_logits, clean_logits, *_answers(prompts, chunk), metric).to(dtype)
         for i, patch_set in enumerate(patch_sets):
             row = patched_metric(model, prompts, chunk, patch_set, sources, metric, clean_logits)
@@ -63,8 +64,16 @@ def patched_metric(
     """
     n_pos = prompts.clean.shape[1]
     hooks = [(patch.site.component.hook_name, _replace(model, patch, sources, chunk, n_pos)) for patch in patch_set]
-    logits = model.run_with_hooks(prompts.clean[chunk], hooks)[:, -1]
+    logits = last_logits(model, prompts, chunk, hooks)
     return measure(logits, clean_logits, *_answers(prompts, chunk), metric)
+
+
+def last_logits(
+    model: HookedTransformer, prompts: AlignedPrompts, chunk: PromptChunk, hooks: Sequence[Hook] = ()
+) -> Float[Tensor, "chunk d_vocab"]:
+    """Logits at the last position only: at all of them they would be the largest tensor of all."""
+    resid = model.run_with_hooks(prompts.clean[chunk], hooks, stop_at_layer=model.config.n_layers)
+    return model.unembed_normed(resid[:, -1])
 
 
 def _answers(prompts: AlignedPrompts, chunk: PromptChunk) -> tuple[TokenSet, TokenSet]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache, partial
 from typing import Literal, cast, get_args
 
 import torch
@@ -14,20 +15,14 @@ from torch import Tensor
 from subcircuit.engine.blocks import Block
 from subcircuit.engine.errors import PatchError
 from subcircuit.engine.model import HookedTransformer
+from subcircuit.engine.patching.compile import Masks, compile_masks
 from subcircuit.engine.patching.delta import DeltaRun, Departures, LayerWeights
-from subcircuit.engine.patching.metric import Metric, check_metric, clean_readout_bytes
-from subcircuit.engine.patching.plan import (
-    TOKENS_PER_CHUNK,
-    Start,
-    clean_bytes,
-    plan_chunks,
-    prompt_chunks,
-    row_bytes,
-    start_of,
-)
+from subcircuit.engine.patching.memory import Layout, Sizes, fits, halves
+from subcircuit.engine.patching.metric import Metric, check_metric
+from subcircuit.engine.patching.plan import Chunk, Start, plan_chunks, start_of
 from subcircuit.engine.patching.reference import Progress, patched_metric, reference_effects
 from subcircuit.engine.patching.sites import Patch, PatchSet, Site, Source, as_patch_set
-from subcircuit.engine.patching.sources import AlignedPrompts, PromptChunk, Sources
+from subcircuit.engine.patching.sources import AlignedPrompts, PromptChunk, SourceKey, Sources
 from subcircuit.kernels.backend import Backend, triton_runs_on
 
 DeltaExecutor = Literal["torch", "triton"]
@@ -38,9 +33,9 @@ EXECUTORS: tuple[Executor, ...] = ("torch", "triton", "reference")
 _DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}
 CPU_BUDGET_BYTES = 2 * 2**30
 
-# In bfloat16 the error of an effect is relative to δ. Where δ is this large beside the residual stream it enters (root
-# mean square, on leaving the first patched layer), that is no longer small beside the effect.
-LARGE_DELTA = 0.2
+# In bfloat16 the error of an effect is relative to δ. Where δ is this large beside the residual stream it enters (at
+# any position, on leaving the first patched layer), that is no longer small beside the effect.
+LARGE_DELTA = 0.45
 
 # Where x + δ is this many times smaller than x, their sum has lost a digit, in float32 too.
 LARGE_SHRINKAGE = 10
@@ -57,6 +52,8 @@ class Effects:
     """Rows whose δ was too large for products in bfloat16, and which were computed in float32 instead."""
     n_full: int = 0
     """Rows that take away nearly all of a residual stream, and which were computed as full forwards instead."""
+    n_halvings: int = 0
+    """Times that memory ran out and a chunk was cut in two."""
 
 
 def default_budget(device: torch.device) -> int:
@@ -89,13 +86,15 @@ class DeltaSession:
     """Delta-form patching of one data set: the clean run is made once and serves every call of `effects`.
 
     `precision` is that of the δ products: `fp32`, `bf16` (everything else stays float32), or `fp64` (all of it). Clean
-    activations are kept for as many prompts as half of `budget_bytes` holds (`default_budget` if None); with more
-    prompts than that, each call runs the clean prompts anew, chunk by chunk. Prompts that start to differ from their
-    corrupted twins at different positions are run apart where that saves more than it costs. `metric` is one of
-    `engine.patching.metric`.
+    activations are kept for as many prompts as `budget_bytes` holds beside the rows in work (`default_budget` if None);
+    with more prompts than that, each call runs the clean prompts anew, chunk by chunk. Prompts that start to differ
+    from their corrupted twins at different positions are run apart where that saves more than it costs. `metric` is one
+    of `engine.patching.metric`.
 
-    Raises PatchError for prompts that are not aligned, for a metric that does not exist, and for an executor that
-    cannot run where the model is.
+    Where memory runs out all the same, the chunk in work is cut in two and run again.
+
+    Raises PatchError for prompts that are not aligned, for a metric that does not exist, for an executor that cannot
+    run where the model is, and for a single row that memory has no room for.
     """
 
     def __init__(
@@ -126,30 +125,75 @@ class DeltaSession:
         self.prompts, self._metric = prompts, metric
         self._product_dtype, self._compute_dtype = product_dtype, compute_dtype
         blocks = [cast(Block, block) for block in self.model.blocks]
-        self._weights = [LayerWeights.of(block, product_dtype) for block in blocks].__getitem__
+        self._weights = cache(lambda layer: LayerWeights.of(blocks[layer], product_dtype))
         self._precise_weights = lambda layer: LayerWeights.of(blocks[layer], compute_dtype)
         self.n_prompts, self.n_pos = prompts.clean.shape
         on_cpu = self.model.device.type == "cpu"
-        budget = default_budget(self.model.device) if budget_bytes is None else budget_bytes
-        element_size = torch.finfo(compute_dtype).bits // 8
-        prompt_bytes = clean_bytes(model.config, self.n_pos, element_size)
-        prompt_bytes += clean_readout_bytes(model.config, metric, element_size)
-        self._prompts_kept = max(1, budget // 2 // prompt_bytes)
-        self._sources = Sources(self.model, prompts, [], source, min(self._prompts_kept, self.n_prompts))
-        row_tokens = budget // 4 // (row_bytes(model.config, self.n_pos, element_size) // self.n_pos)
-        self._max_tokens = max(1, min(TOKENS_PER_CHUNK, row_tokens) if on_cpu else row_tokens)
-        self._firsts = _first_differences(prompts)
-        starts_differ = source == "corrupted"  # other sources change every position of every prompt
-        firsts = self._firsts if starts_differ else torch.zeros_like(self._firsts)
-        self._chunks = prompt_chunks(firsts, self.n_pos, self._prompts_kept)
-        self._runs: dict[int, DeltaRun] = {}
         self._backend: Backend = "triton" if executor == "triton" else "native" if on_cpu else "torch"
+        self.budget_bytes = default_budget(self.model.device) if budget_bytes is None else budget_bytes
+        self.copied_bytes = copied_bytes(model, product_dtype, compute_dtype)
+        element_size, product_size = (torch.finfo(dtype).bits // 8 for dtype in (compute_dtype, product_dtype))
+        fused = self._backend != "torch"
+        self.sizes = Sizes(model.config, self.n_pos, element_size, product_size, fused, metric)
+        self._firsts = _first_differences(prompts)
+        self._starts_differ = source == "corrupted"  # other sources change every position of every prompt
+        self._layout = self.layout({})
+        n_at_once = max(map(len, self._layout.prompt_chunks))
+        self._sources = Sources(self.model, prompts, [], source, n_at_once)
+        self._runs: dict[int, DeltaRun] = {}
+        self._n_halvings = 0
+        # A row that will be computed again need not be finished; a GPU would have to be waited for to know it.
+        self._drops_early = on_cpu
         if on_cpu:
             _keep_freed_memory()
 
     def prepare(self, patch_sets: Iterable[PatchSet]) -> None:
         """Say beforehand what later calls will patch, so that one clean run serves them all."""
+        known = self._sources.names
         self._sources.add(patch_sets)
+        if self._sources.names != known:
+            self._lay_out(self.layout(self._sources.names))
+
+    def layout(self, names: Mapping[SourceKey, Iterable[str]]) -> Layout:
+        """How the budget cuts the work, given the hook points patched from each source. Copies of weights take from it,
+        but not more than half."""
+        firsts = self._firsts if self._starts_differ else torch.zeros_like(self._firsts)
+        left = max(self.budget_bytes - self.copied_bytes, self.budget_bytes // 2)
+        return Layout.fitting(left, self.sizes, names, firsts, self.model.device.type == "cpu")
+
+    def _lay_out(self, layout: Layout) -> None:
+        """Cut the work so from now on; clean runs of other chunks are dropped."""
+        if [*map(len, layout.prompt_chunks)] != [*map(len, self._layout.prompt_chunks)]:
+            self._runs.clear()
+            self._sources.forget()
+        else:
+            layout = replace(layout, prompt_chunks=self._layout.prompt_chunks)
+        self._layout = layout
+
+    def work(self, patch_sets: Sequence[PatchSet]) -> Iterator[tuple[PromptChunk, list[Chunk]]]:
+        """What `effects` would run for these patch sets, in order: chunks of prompts, each with its chunks of rows."""
+        layout = self.layout(self.wanted_names(patch_sets))
+        for prompts in layout.prompt_chunks:
+            starts = self._starts(patch_sets, (), int(self._firsts[prompts].min()))
+            yield prompts, plan_chunks(starts, len(prompts), self.n_pos, layout.max_tokens)
+
+    def wanted_names(self, patch_sets: Iterable[PatchSet]) -> dict[SourceKey, list[str]]:
+        """Hook points that will be patched from each source, by what calls so far and these patch sets say."""
+        return self._sources.wanted(patch_sets)
+
+    def masks(self, patch_sets: Sequence[PatchSet], start: Start) -> Masks:
+        """What patch sets that start together replace, hook point by hook point."""
+        return compile_masks(patch_sets, self.model.config, self.n_pos, start.first, self._sources, start.layer)
+
+    @property
+    def product_dtype(self) -> torch.dtype:
+        """Of the operands of the δ products."""
+        return self._product_dtype
+
+    @property
+    def backend(self) -> Backend:
+        """What the elementwise steps between them run on."""
+        return self._backend
 
     @torch.no_grad()
     def effects(
@@ -163,34 +207,69 @@ class DeltaSession:
         A base's δ is kept from call to call: what changes in it costs only the layers from there on.
         """
         sets = [as_patch_set(patch_set) for patch_set in patch_sets]
-        self._check(sets, base)
-        self._sources.add([*sets, base])
+        self.check([*sets, base])
+        self.prepare([*sets, base])
         effects = torch.zeros(len(sets), self.n_prompts, dtype=self.model.dtype, device=self.model.device)
         clean_metric = torch.empty(self.n_prompts, dtype=self.model.dtype, device=self.model.device)
-        n_done, n_precise, n_full, n_rows = 0, 0, 0, len(sets) * self.n_prompts
+        n_done, n_rows, n_halvings = 0, len(sets) * self.n_prompts, self._n_halvings
+        repeated = {}
 
         def count(n_more: int) -> None:
             nonlocal n_done
             n_done += n_more
             if progress is not None:
-                progress(n_done, n_rows)
+                progress(min(n_done, n_rows), n_rows)
 
-        check = not base and self._compute_dtype == torch.float32
-        for prompts in self._chunks:
-            run, first_different = self._run(prompts), int(self._firsts[prompts].min())
-            clean_metric[prompts] = run.clean_metric
-            run.set_base(base, self._first_position(base, first_different))
-            starts = self._starts(sets, base, first_different)
-            departures = Departures.none(len(sets), effects) if check else None
-            self._propagate(run, sets, starts, range(len(sets)), effects, departures, count)
-            if departures is not None:
-                precise, full = self._to_repeat(departures)
-                again = run.with_weights(self._precise_weights, self._compute_dtype)
-                self._propagate(again, sets, starts, precise, effects)
-                self._repeat_fully(run, sets, full, effects)
-                n_precise += len(precise) * run.n_prompts
-                n_full += len(full) * run.n_prompts
-        return Effects(effects, clean_metric, n_precise, n_full)
+        def run_chunk(prompts: PromptChunk) -> None:
+            repeated[id(prompts)] = self._chunk_effects(prompts, sets, base, effects, clean_metric, count)
+
+        waiting = list(self._layout.prompt_chunks)
+        while waiting:
+            prompts, before = waiting.pop(0), n_done
+            if not fits(partial(run_chunk, prompts)):
+                n_done = before
+                waiting[:0] = self._halve_prompts(prompts)
+        n_precise, n_full = (sum(counts) for counts in zip(*repeated.values(), strict=True))
+        return Effects(effects, clean_metric, n_precise, n_full, self._n_halvings - n_halvings)
+
+    def _chunk_effects(
+        self,
+        prompts: PromptChunk,
+        sets: Sequence[PatchSet],
+        base: PatchSet,
+        effects: Float[Tensor, "set prompt"],
+        clean_metric: Float[Tensor, "prompt"],
+        count: Callable[[int], None],
+    ) -> tuple[int, int]:
+        """Effects on one chunk of prompts, into their places; how many rows were repeated in float32 and in full."""
+        run, first_different = self._run(prompts), int(self._firsts[prompts].min())
+        clean_metric[prompts] = run.clean_metric
+        run.set_base(base, self._first_position(base, first_different))
+        starts = self._starts(sets, base, first_different)
+        if base or self._compute_dtype != torch.float32:
+            self._propagate(run, sets, starts, range(len(sets)), effects, None, count)
+            return 0, 0
+        departures = Departures.none(len(sets), effects)
+        self._propagate(run, sets, starts, range(len(sets)), effects, departures, count)
+        precise, full = self._to_repeat(departures)
+        again = run.with_weights(self._precise_weights, self._compute_dtype)
+        self._propagate(again, sets, starts, precise, effects)
+        self._repeat_fully(run, sets, full, effects)
+        return len(precise) * run.n_prompts, len(full) * run.n_prompts
+
+    def _halve_prompts(self, prompts: PromptChunk) -> list[PromptChunk]:
+        """Two chunks in place of one that memory has no room for."""
+        if len(prompts) == 1:
+            raise PatchError(
+                f"memory has no room for a single row of {self.n_pos} tokens and its clean run; "
+                "expected shorter prompts or more memory"
+            )
+        self._n_halvings += 1
+        self._runs.clear()
+        self._sources.forget()
+        known = {id(chunk) for chunk in self._layout.prompt_chunks}
+        self._layout = self._layout.halved(prompts)
+        return [chunk for chunk in self._layout.prompt_chunks if id(chunk) not in known]
 
     def _propagate(
         self,
@@ -203,16 +282,40 @@ class DeltaSession:
         count: Callable[[int], None] | None = None,
     ) -> None:
         """Compute the chosen sets for one chunk of prompts, into their places among the effects and departures."""
-        for chunk in plan_chunks([starts[i] for i in chosen], run.n_prompts, self.n_pos, self._max_tokens):
-            indices = [chosen[i] for i in chunk.sets]
-            at = torch.tensor(indices)
-            found = None if departures is None else Departures.none(len(indices), effects)
-            rows = run.effects([sets[i] for i in indices], chunk.start, found)
-            effects[at[:, None], run.chunk] = rows
-            if departures is not None and found is not None:
-                departures.size[at], departures.shrinkage[at] = found.size, found.shrinkage
+        chunks = plan_chunks([starts[i] for i in chosen], run.n_prompts, self.n_pos, self._layout.max_tokens)
+        waiting = [replace(chunk, sets=tuple(chosen[i] for i in chunk.sets)) for chunk in chunks]
+        while waiting:
+            chunk = waiting.pop(0)
+            work = partial(self._propagate_chunk, run, sets, chunk, effects, departures)
+            if len(chunk.sets) == 1:
+                work()  # where memory runs out now, the prompts are cut
+            elif not fits(work):
+                self._n_halvings += 1
+                waiting[:0] = [replace(chunk, sets=tuple(half)) for half in halves(chunk.sets)]
+                continue
             if count is not None:
-                count(rows.numel())
+                count(len(chunk.sets) * run.n_prompts)
+
+    def _propagate_chunk(
+        self,
+        run: DeltaRun,
+        sets: Sequence[PatchSet],
+        chunk: Chunk,
+        effects: Float[Tensor, "set prompt"],
+        departures: Departures | None,
+    ) -> None:
+        indices = list(chunk.sets)
+        found = None if departures is None else Departures.none(len(indices), effects)
+        rows = run.enter([sets[i] for i in indices], chunk.start, found)
+        if departures is not None and found is not None:
+            at = torch.tensor(indices)
+            departures.size[at], departures.shrinkage[at] = found.size, found.shrinkage
+            if self._drops_early:
+                again = {i for repeated in self._to_repeat(found) for i in repeated}
+                left = [i for i in range(len(indices)) if i not in again]
+                rows, indices = run.select(rows, left), [indices[i] for i in left]
+        if indices:
+            effects[torch.tensor(indices)[:, None], run.chunk] = run.leave(rows)
 
     def _to_repeat(self, departures: Departures) -> tuple[list[int], list[int]]:
         """Sets to compute once more with products in the precision of the clean run, and as full forwards."""
@@ -231,8 +334,9 @@ class DeltaSession:
             metric = patched_metric(*inputs, self._metric, run.readout.log_p)
             effects[i, run.chunk] = metric - run.clean_metric
 
-    def _check(self, sets: Iterable[PatchSet], base: PatchSet) -> None:
-        for patch_set in [*sets, base]:
+    def check(self, patch_sets: Iterable[PatchSet]) -> None:
+        """Raises PatchError for a component or position that does not exist."""
+        for patch_set in patch_sets:
             for patch in patch_set:
                 patch.site.component.check(self.model.config)
                 patch.site.resolve(self.n_pos)
@@ -242,7 +346,7 @@ class DeltaSession:
         run = self._runs.get(id(prompts))
         if run is None or not run.covers(names):
             kept = sum(other.n_prompts for other in self._runs.values())
-            if run is not None or kept + len(prompts) > self._prompts_kept:
+            if run is not None or kept + len(prompts) > self._layout.prompts_kept:
                 self._runs.clear()  # what does not fit beside the others is made anew, what lacks a hook point too
                 self._sources.forget()
             run = self._runs[id(prompts)] = DeltaRun(
@@ -335,8 +439,23 @@ def patch_effects(
             patch.site.component.check(model.config)
     model = in_dtype(model, _dtype(precision))
     budget = default_budget(model.device) if budget_bytes is None else budget_bytes
-    chunk = max(1, budget // 4 // clean_bytes(model.config, prompts.clean.shape[1], 8))
+    # A forward with hooks holds one layer and its sources; a quarter of the budget's prompts leave room for both.
+    chunk = max(1, budget // 4 // Sizes(model.config, prompts.clean.shape[1], 8, 8, fused=False).prompt({}))
     return Effects(*reference_effects(model, prompts, sets, source, chunk, progress, metric))
+
+
+def copied_bytes(model: HookedTransformer, product_dtype: torch.dtype, compute_dtype: torch.dtype) -> int:
+    """Bytes of the copies of weights that a session makes: in another precision, and where products share an input."""
+    n_bytes = 0
+    if model.dtype != compute_dtype:
+        n_bytes += sum(weight.numel() for weight in model.parameters()) * torch.finfo(compute_dtype).bits // 8
+    config = model.config
+    stacked = config.d_model * (config.n_heads + 2 * config.kv_heads) * config.d_head
+    stacked += 2 * config.d_model * config.d_mlp if config.gated_mlp else 0
+    alone = config.d_model * config.n_heads * config.d_head
+    alone += (1 if config.gated_mlp else 2) * config.d_model * config.d_mlp
+    copied = stacked if product_dtype == compute_dtype else stacked + alone
+    return n_bytes + config.n_layers * copied * torch.finfo(product_dtype).bits // 8
 
 
 def _keep_freed_memory() -> None:

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from subcircuit.engine.config import ModelConfig
 from subcircuit.engine.errors import PatchError
 from subcircuit.engine.model import HookedTransformer
 from subcircuit.engine.patching.sites import PatchSet, Source
@@ -65,14 +66,18 @@ class Sources:
 
     def add(self, patch_sets: Iterable[PatchSet]) -> None:
         """Take in the sources and hook points of further patch sets."""
+        self.names = self.wanted(patch_sets)
+        self._measure_means()
+
+    def wanted(self, patch_sets: Iterable[PatchSet]) -> dict[SourceKey, list[str]]:
+        """Hook points by source, those of further patch sets included."""
         wanted: dict[SourceKey, set[str]] = {key: set(names) for key, names in self.names.items()}
         for patch_set in patch_sets:
             for patch in patch_set:
                 wanted.setdefault(self.key(patch.source), set()).add(patch.site.component.hook_name)
         for key in wanted:
             self._check(key)
-        self.names = {key: sorted(names) for key, names in wanted.items()}
-        self._measure_means()
+        return {key: sorted(names) for key, names in wanted.items()}
 
     def key(self, source: Source | None) -> SourceKey:
         """What `value` knows a patch's source by; None is the default source."""
@@ -106,7 +111,9 @@ class Sources:
         if key == "mean":
             return self._means[hook_name]
         if key == "zero":
-            return torch.zeros(1, 1, *self._tail_shape(hook_name), dtype=self._model.dtype, device=self._model.device)
+            return torch.zeros(
+                1, 1, *tail_shape(self._model.config, hook_name), dtype=self._model.dtype, device=self._model.device
+            )
         if key == "corrupted":
             return self._corrupted_values(prompts)[hook_name]
         return self._mapped(self._mappings[key], hook_name, prompts)
@@ -129,7 +136,7 @@ class Sources:
             raise PatchError(f"source has no value for {hook_name!r}; it holds {len(mapping)} other hook points")
         value = mapping[hook_name].to(dtype=self._model.dtype, device=self._model.device)
         n_prompts, n_pos = self._prompts.clean.shape
-        tail = self._tail_shape(hook_name)
+        tail = tail_shape(self._model.config, hook_name)
         if value.ndim != len(tail) + 2 or value.shape[2:] != tail or value.shape[1] not in (1, n_pos):
             raise PatchError(
                 f"source for {hook_name!r} has shape {tuple(value.shape)}; "
@@ -141,16 +148,17 @@ class Sources:
             raise PatchError(f"source for {hook_name!r} has {value.shape[0]} prompts; expected {n_prompts} or 1")
         return value[prompts]
 
-    def _tail_shape(self, hook_name: str) -> torch.Size:
-        config = self._model.config
-        tails = {
-            "hook_z": (config.n_heads, config.d_head),
-            "hook_q": (config.n_heads, config.d_head),
-            "hook_k": (config.kv_heads, config.d_head),
-            "hook_v": (config.kv_heads, config.d_head),
-            "hook_post": (config.d_mlp,),
-        }
-        return torch.Size(tails.get(hook_name.split(".")[-1], (config.d_model,)))
+
+def tail_shape(config: ModelConfig, hook_name: str) -> torch.Size:
+    """Shape of a patchable hook point's value behind prompt and position."""
+    tails = {
+        "hook_z": (config.n_heads, config.d_head),
+        "hook_q": (config.n_heads, config.d_head),
+        "hook_k": (config.kv_heads, config.d_head),
+        "hook_v": (config.kv_heads, config.d_head),
+        "hook_post": (config.d_mlp,),
+    }
+    return torch.Size(tails.get(hook_name.split(".")[-1], (config.d_model,)))
 
 
 @torch.no_grad()

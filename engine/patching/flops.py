@@ -1,0 +1,107 @@
+"""How many FLOPs a chunk of rows costs, layer by layer: a mirror of what `delta.DeltaRun` multiplies, a product of
+[m, k] and [k, n] counted as 2 m k n. Elementwise work is not counted."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from subcircuit.engine.config import ModelConfig
+from subcircuit.engine.patching.compile import MaskArray, Masks, one_head_each, replaces_all
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Of δ times weights, and of queries times keys and scores times values."""
+
+    products: int = 0
+    attention: int = 0
+
+    def __add__(self, other: Flops) -> Flops:
+        return Flops(self.products + other.products, self.attention + other.attention)
+
+    def __mul__(self, n: int) -> Flops:
+        return Flops(self.products * n, self.attention * n)
+
+    @property
+    def all(self) -> int:
+        return self.products + self.attention
+
+
+def chunk_flops(
+    config: ModelConfig, masks: Masks, n_sets: int, n_pos: int, from_layer: int, first: int, entering: bool = False
+) -> dict[int, Flops]:
+    """FLOPs by layer of one prompt's rows that are computed from a layer and a position on; `entering` says whether a
+    δ enters that layer already."""
+    layers: dict[int, Flops] = {}
+    for layer in range(from_layer, config.n_layers):
+        block = _Block(config, layer, masks, n_sets, n_pos, first)
+        layers[layer], entering = block.flops(entering)
+    return layers
+
+
+def clean_flops(config: ModelConfig, n_pos: int, n_layers: int) -> Flops:
+    """FLOPs of one prompt's forward pass through the first layers."""
+    n_q, n_kv = config.n_heads * config.d_head, config.kv_heads * config.d_head
+    n_weights = config.d_model * (2 * n_q + 2 * n_kv + (3 if config.gated_mlp else 2) * config.d_mlp)
+    return Flops(2 * n_weights * n_pos, 4 * n_q * n_pos**2) * n_layers
+
+
+@dataclass(frozen=True)
+class _Block:
+    """One layer of a chunk. What it asks of the masks, `DeltaRun` asks of the patches made from them."""
+
+    config: ModelConfig
+    layer: int
+    masks: Masks
+    n_sets: int
+    n_pos: int
+    first: int
+
+    def flops(self, entering: bool) -> tuple[Flops, bool]:
+        """FLOPs, and whether anything leaves the layer, given whether anything enters it."""
+        entering = entering or bool(self._at("hook_resid_pre"))
+        attention, from_heads = self._attention(entering)
+        mlp, from_mlp = self._mlp(entering or from_heads)
+        return attention + mlp, entering or from_heads or from_mlp
+
+    @property
+    def _n_new(self) -> int:
+        return self.n_pos - self.first
+
+    @property
+    def _n_read(self) -> int:
+        return 1 if self.layer == self.config.n_layers - 1 else self._n_new
+
+    def _at(self, hook: str) -> list[MaskArray]:
+        return list(self.masks.get(f"blocks.{self.layer}.{hook}", {}).values())
+
+    def _product(self, n_tokens: int, n_in: int, n_out: int) -> Flops:
+        return Flops(products=2 * self.n_sets * n_tokens * n_in * n_out)
+
+    def _attention(self, entering: bool) -> tuple[Flops, bool]:
+        config, at_z, n_read = self.config, self._at("attn.hook_z"), self._n_read
+        n_q, n_kv = config.n_heads * config.d_head, config.kv_heads * config.d_head
+        flops, delta_z = Flops(), False
+        if not (len(at_z) == 1 and replaces_all(at_z[0])):
+            if entering:
+                flops += self._product(n_read, config.d_model, n_q)
+                flops += self._product(self._n_new, config.d_model, 2 * n_kv)
+            delta_z = entering or any(self._at(f"attn.hook_{x}") for x in "qkv")
+        if delta_z:
+            flops += Flops(attention=4 * self.n_sets * n_read * self.n_pos * n_q)
+        elif len(at_z) == 1 and one_head_each(at_z[0]):
+            return flops + self._product(n_read, config.d_head, config.d_model), True
+        leaving = delta_z or bool(at_z)
+        return flops + self._product(n_read, n_q, config.d_model) if leaving else flops, leaving
+
+    def _mlp(self, entering: bool) -> tuple[Flops, bool]:
+        config, at_out, n_read = self.config, self._at("hook_mlp_out"), self._n_read
+        if len(at_out) == 1 and replaces_all(at_out[0]):
+            return Flops(), True
+        flops = Flops()
+        if entering:
+            flops += self._product(n_read, config.d_model, (2 if config.gated_mlp else 1) * config.d_mlp)
+        delta_post = entering or bool(self._at("mlp.hook_post"))
+        if delta_post:
+            flops += self._product(n_read, config.d_mlp, config.d_model)
+        return flops, delta_post or bool(at_out)
