@@ -105,7 +105,8 @@ def sweep(
             options |= {"executor": executor.value, "metric": metric.value, "check": check}
             scores = sc.sweep(loaded, prompts, components, **options)
         else:
-            scores = sc.gradient_scores(loaded, prompts, components, method=method.value, steps=steps, **options)
+            options |= {"method": method.value, "steps": steps}
+            scores = sc.gradient_scores(loaded, prompts, components, **options)
     rows = _with_q_values(scores, seed)
     if csv_file is not None:
         write_csv(csv_file, rows)

@@ -17,7 +17,7 @@ from subcircuit.engine.errors import PatchError
 from subcircuit.engine.model import HookedTransformer
 from subcircuit.engine.patching.compile import Masks, compile_masks
 from subcircuit.engine.patching.delta import DeltaRun, Departures, LayerWeights
-from subcircuit.engine.patching.memory import Layout, Sizes, fits, halves
+from subcircuit.engine.patching.memory import Layout, Sizes, clean_bytes, fits, halves
 from subcircuit.engine.patching.metric import Metric, check_metric
 from subcircuit.engine.patching.plan import Chunk, Start, plan_chunks, start_of
 from subcircuit.engine.patching.reference import Progress, patched_metric, reference_effects
@@ -442,7 +442,7 @@ def patch_effects(
     model = in_dtype(model, _dtype(precision))
     budget = default_budget(model.device) if budget_bytes is None else budget_bytes
     # A forward with hooks holds one layer and its sources; a quarter of the budget's prompts leave room for both.
-    chunk = max(1, budget // 4 // Sizes(model.config, prompts.clean.shape[1], 8, 8, fused=False).prompt({}))
+    chunk = max(1, budget // 4 // clean_bytes(model.config, prompts.clean.shape[1], 8))
     return Effects(*reference_effects(model, prompts, sets, source, chunk, progress, metric))
 
 
