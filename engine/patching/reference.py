@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from subcircuit.engine.hooks import Hook
 from subcircuit.engine.model import HookedTransformer
 from subcircuit.engine.patching.answers import mean_at, token_sets
 from subcircuit.engine.patching.sites import Patch, PatchSet, Source
@@ -33,7 +34,7 @@ def reference_effects(
     clean = torch.empty(n_prompts, dtype=model.dtype, device=model.device)
     n_done = 0
     for chunk in torch.arange(n_prompts).split(prompts_per_chunk):
-        clean[chunk] = _logit_difference(model(prompts.clean[chunk]), prompts, chunk)
+        clean[chunk] = logit_difference(model(prompts.clean[chunk]), prompts, chunk)
         for i, patch_set in enumerate(patch_sets):
             patched[i, chunk] = patched_metric(model, prompts, chunk, patch_set, sources)
             n_done += len(chunk)
@@ -47,12 +48,19 @@ def patched_metric(
     model: HookedTransformer, prompts: AlignedPrompts, chunk: PromptChunk, patch_set: PatchSet, sources: Sources
 ) -> Float[Tensor, "chunk"]:
     """The metric of a chunk of prompts from one full forward with the patches of one set."""
-    n_pos = prompts.clean.shape[1]
-    hooks = [(patch.site.component.hook_name, _replace(model, patch, sources, chunk, n_pos)) for patch in patch_set]
-    return _logit_difference(model.run_with_hooks(prompts.clean[chunk], hooks), prompts, chunk)
+    hooks = patch_hooks(model, patch_set, sources, chunk, prompts.clean.shape[1])
+    return logit_difference(model.run_with_hooks(prompts.clean[chunk], hooks), prompts, chunk)
 
 
-def _logit_difference(logits: Tensor, prompts: AlignedPrompts, chunk: PromptChunk) -> Float[Tensor, "prompt"]:
+def patch_hooks(
+    model: HookedTransformer, patch_set: PatchSet, sources: Sources, chunk: PromptChunk, n_pos: int
+) -> list[Hook]:
+    """Hooks that put a patch set's source values in place, for a chunk of prompts."""
+    return [(patch.site.component.hook_name, _replace(model, patch, sources, chunk, n_pos)) for patch in patch_set]
+
+
+def logit_difference(logits: Tensor, prompts: AlignedPrompts, chunk: PromptChunk) -> Float[Tensor, "prompt"]:
+    """What the metric reads from logits `[prompt, pos, d_vocab]` of a chunk of prompts."""
     last = logits[:, -1]
     answers, wrongs = (tokens[chunk] for tokens in token_sets(prompts))
     return mean_at(last, answers) - mean_at(last, wrongs)

@@ -116,7 +116,7 @@ class DeltaSession:
                 f"executor 'triton' needs Triton and a GPU, and the model is on {model.device}; executor 'torch' runs "
                 "everywhere (TRITON_INTERPRET=1 in the environment runs Triton's kernels on a CPU, slowly)"
             )
-        product_dtype = _dtype(precision)
+        product_dtype = dtype_of(precision)
         compute_dtype = torch.float64 if product_dtype == torch.float64 else torch.float32
         self.model = in_dtype(model, compute_dtype)
         self.prompts = prompts
@@ -245,10 +245,13 @@ class DeltaSession:
             if run is not None or kept + len(prompts) > self._prompts_kept:
                 self._runs.clear()  # what does not fit beside the others is made anew, what lacks a hook point too
                 self._sources.forget()
-            run = self._runs[id(prompts)] = DeltaRun(
-                self.model, self._weights, self._product_dtype, self.prompts, prompts, self._sources, self._backend
-            )
+            run = self._runs[id(prompts)] = self._new_run(prompts)
         return run
+
+    def _new_run(self, prompts: PromptChunk) -> DeltaRun:
+        return DeltaRun(
+            self.model, self._weights, self._product_dtype, self.prompts, prompts, self._sources, self._backend
+        )
 
     def _starts(self, sets: Sequence[PatchSet], base: PatchSet, first_different: int) -> list[Start]:
         """Where each set starts; one that differs nowhere starts above the last layer."""
@@ -320,7 +323,7 @@ def patch_effects(
     for patch_set in sets:
         for patch in patch_set:
             patch.site.component.check(model.config)
-    model = in_dtype(model, _dtype(precision))
+    model = in_dtype(model, dtype_of(precision))
     budget = default_budget(model.device) if budget_bytes is None else budget_bytes
     chunk = max(1, budget // 4 // clean_bytes(model.config, prompts.clean.shape[1], 8))
     return Effects(*reference_effects(model, prompts, sets, source, chunk, progress))
@@ -335,7 +338,8 @@ def _keep_freed_memory() -> None:
     torch.empty(31 * 2**20, dtype=torch.uint8)
 
 
-def _dtype(precision: str) -> torch.dtype:
+def dtype_of(precision: str) -> torch.dtype:
+    """A precision as torch knows it. Raises PatchError for one that does not exist."""
     if precision not in _DTYPES:
         raise PatchError(f"precision {precision!r} is not known; expected one of {', '.join(_DTYPES)}")
     return _DTYPES[precision]
