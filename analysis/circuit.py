@@ -37,7 +37,8 @@ class TraceStep:
 class Circuit:
     """A set of nodes, heads `(layer, head)` and MLPs `layer`, sorted and without repetition, and edges between them.
 
-    `score` is 100 · LD(circuit) / LD(full) on the task it was found on. `settings` and `trace` say how it was found.
+    `score` is 100 · LD(circuit) / LD(full) on the task it was found on. `settings` and `trace` say how it was found;
+    `edge_scores`, where the method gives them, how much each edge matters.
     Two circuits are equal when their nodes and edges and their provenance are; compare `nodes` for the nodes alone.
 
     Raises PatchError for heads that are not pairs, or MLPs that are not numbers, of layers from 0 up.
@@ -52,6 +53,7 @@ class Circuit:
     score: float | None = None
     trace: tuple[TraceStep, ...] = ()
     settings: dict[str, Any] = field(default_factory=dict)
+    edge_scores: dict[Edge, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "heads", sorted({_head(pair) for pair in self.heads}))
@@ -130,6 +132,7 @@ class Circuit:
             "heads": [list(head) for head in self.heads],
             "mlps": self.mlps,
             "edges": [list(edge) for edge in self.edges],
+            "edge_scores": [[*edge, score] for edge, score in self.edge_scores.items()],
             "settings": self.settings,
             "trace": [vars(step) for step in self.trace],
         }
@@ -146,6 +149,7 @@ class Circuit:
                 mlps=values["mlps"],
                 edges=tuple((sender, receiver) for sender, receiver in values["edges"]),
                 trace=tuple(TraceStep(**step) for step in values["trace"]),
+                edge_scores={(sender, receiver): score for sender, receiver, score in values.get("edge_scores", ())},
                 **{name: values[name] for name in ("model", "task", "method", "score", "settings")},
             )
         except (KeyError, TypeError, ValueError, PatchError) as error:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from subcircuit.analysis.circuit import Circuit, TraceStep
+from subcircuit.analysis.edges import acdc
 from subcircuit.analysis.faithfulness import Ablation, layer_nodes
 from subcircuit.analysis.tasks import Task
 from subcircuit.engine.config import ModelConfig
@@ -17,6 +18,8 @@ from subcircuit.engine.patching.session import Executor, Precision
 
 Direction = Literal["backward", "forward"]
 
+METHODS = ("prune", "acdc")
+
 # Products of one layer large enough to run at full speed; beyond it a wrong guess only costs more.
 FLOPS_PER_LAYER = {"cpu": 1.5e9, "cuda": 3e11}
 
@@ -26,7 +29,7 @@ def discover(
     task: Task,
     method: str = "prune",
     *,
-    threshold: float = 20.0,
+    threshold: float | None = None,
     first: Direction = "backward",
     max_sweeps: int | None = None,
     source: Source = "mean",
@@ -37,12 +40,15 @@ def discover(
     ablation: Ablation | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Circuit:
-    """The circuit with which a model does a task, found by iterative node pruning (Lan et al., arXiv 2311.04131).
+    """The circuit with which a model does a task.
+
+    `method="acdc"` finds one of edges (`analysis.edges.acdc`; a `threshold` of 1 point per edge unless given; it takes
+    no `first`, `max_sweeps` or `ablation`). `method="prune"` is iterative node pruning (Lan et al., arXiv 2311.04131).
 
     Start from every head and MLP. A backward sweep goes from the last layer down, in each layer the MLP and then the
     heads; a forward sweep from the first layer up, the heads and then the MLP. A candidate is removed for good if the
-    score of what is left without it stays above 100 − `threshold`. Sweeps alternate until one changes nothing, or
-    `max_sweeps` is reached.
+    score of what is left without it stays above 100 − `threshold` (20 unless given). Sweeps alternate until one changes
+    nothing, or `max_sweeps` is reached.
 
     Candidates are evaluated several at a time under a guess of how the ones before them end; a decision is taken only
     when all those guesses were right, so every decision is the one that the sequential rule takes. `progress` is
@@ -51,8 +57,22 @@ def discover(
 
     Raises PatchError for an unknown method or option, TaskError when the model does not do the task.
     """
-    if method != "prune":
-        raise PatchError(f"method {method!r} is not known; expected 'prune'")
+    if method not in METHODS:
+        raise PatchError(f"method {method!r} is not known; expected one of {', '.join(METHODS)}")
+    at_once = candidates_per_batch or _candidates_per_batch(model, task)
+    if method == "acdc":
+        return acdc(
+            model,
+            task,
+            threshold=1.0 if threshold is None else threshold,
+            source=source,
+            executor=executor,
+            precision=precision,
+            candidates_per_batch=at_once,
+            budget_bytes=budget_bytes,
+            progress=progress,
+        )
+    threshold = 20.0 if threshold is None else threshold
     if first not in ("backward", "forward"):
         raise PatchError(f"first sweep {first!r} is not known; expected 'backward' or 'forward'")
     if threshold <= 0:
@@ -61,7 +81,6 @@ def discover(
         ablation = Ablation(
             model, task, source=source, executor=executor, precision=precision, budget_bytes=budget_bytes
         )
-    at_once = candidates_per_batch or _candidates_per_batch(model, task)
     pruning = _Pruning(ablation, threshold, at_once, progress)
     pruning.run(first, max_sweeps)
     return Circuit(

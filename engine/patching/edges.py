@@ -19,7 +19,7 @@ from subcircuit.engine.patching.edge_reference import EdgeReference
 from subcircuit.engine.patching.graph import Edge, EdgeIndex
 from subcircuit.engine.patching.path_delta import Freeze, run_paths
 from subcircuit.engine.patching.plan import clean_bytes, prompt_chunks
-from subcircuit.engine.patching.reference import Progress
+from subcircuit.engine.patching.reference import Progress, patch_hooks
 from subcircuit.engine.patching.session import (
     EXECUTORS,
     DeltaExecutor,
@@ -273,6 +273,39 @@ def path_effects(
     EdgeIndex(model.config).places(edges)
     rows = [lambda reference, edge=edge: reference.along_path(edge, freeze) for edge in edges]
     return _reference(model, prompts, rows, [base], base, progress, **options)
+
+
+@torch.no_grad()
+def patched_activations(
+    model: HookedTransformer,
+    prompts: AlignedPrompts,
+    patch_set: PatchSet,
+    *,
+    precision: Precision = "fp32",
+    budget_bytes: int | None = None,
+) -> dict[str, Float[Tensor, "prompt pos ..."]]:
+    """What every sender's hook point holds in runs on the corrupted prompts with nodes patched: a source of tensors.
+
+    The patches name their own sources. Raises PatchError for prompts without corrupted twins.
+    """
+    check_prompts(model, prompts)
+    if prompts.corrupted is None:
+        raise PatchError("source 'corrupted' needs corrupted prompts, and this task has none")
+    dtype = dtype_of(precision)
+    model = in_dtype(model, dtype if dtype == torch.float64 else torch.float32)
+    n_prompts, n_pos = prompts.clean.shape
+    budget = default_budget(model.device) if budget_bytes is None else budget_bytes
+    size = max(1, budget // 4 // clean_bytes(model.config, n_pos, 8))
+    sources = Sources(model, prompts, [patch_set], "corrupted", size)
+    names = sorted({sender(name).hook_name for name in EdgeIndex(model.config).senders})
+    parts: dict[str, list[Tensor]] = {name: [] for name in names}
+    for chunk in torch.arange(n_prompts).split(size):
+        with model.hooks(patch_hooks(model, patch_set, sources, chunk, n_pos)):
+            cache = model.run_with_cache(prompts.corrupted[chunk], names, stop_at_layer=model.config.n_layers)[1]
+        for name in names:
+            parts[name].append(cache[name])
+        sources.forget()
+    return {name: torch.cat(values) for name, values in parts.items()}
 
 
 def check_freeze(freeze: str) -> None:
