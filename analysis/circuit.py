@@ -179,14 +179,37 @@ class Circuit:
         except (OSError, UnicodeDecodeError, StoreError) as error:
             raise StoreError(f"{os.fspath(path)}: {error}") from error
 
-    def to_dot(self) -> str:
-        """The circuit as a Graphviz graph: nodes by layer, edges where it has them."""
-        lines = ["digraph circuit {", "  rankdir=BT;"]
+    def to_dot(self, group_size: int = 1) -> str:
+        """The circuit as a Graphviz graph: nodes by layer; edges where it has them, as wide as their scores.
+
+        Edges lead to the queries, keys and values of heads, and dotted lines from there to the heads that read them;
+        `group_size` is the number of heads that share a key.
+        """
+        lines = ["digraph circuit {", "  rankdir=BT;", "  node [shape=box, style=rounded];"]
         for layer in sorted({node.layer for node in self.nodes}):
             names = " ".join(f'"{node}";' for node in self.nodes if node.layer == layer)
             lines.append(f"  {{ rank=same; {names} }}")
-        lines += [f'  "{sender}" -> "{receiver}";' for sender, receiver in self.edges]
+        for receiver in sorted({receiver for _, receiver in self.edges if receiver.startswith("a")}):
+            lines.append(f'  "{receiver}" [shape=plaintext, label="{Component.parse(receiver).kind}"];')
+            for head in self.readers(receiver, group_size):
+                lines.append(f'  "{receiver}" -> "{head}" [style=dotted, arrowhead=none];')
+        most = max(map(abs, self.edge_scores.values()), default=0.0)
+        for edge in self.edges:
+            width = (
+                f" [penwidth={0.5 + 3.5 * abs(self.edge_scores[edge]) / most:.2f}]" if edge in self.edge_scores else ""
+            )
+            lines.append(f'  "{edge[0]}" -> "{edge[1]}"{width};')
         return "\n".join([*lines, "}"]) + "\n"
+
+    def readers(self, receiver: str, group_size: int = 1) -> list[Component]:
+        """The circuit's heads that read a query, key or value (`a7.k2`), `group_size` of the model's per key."""
+        part = Component.parse(receiver)
+        size = group_size if part.kind in ("k", "v") else 1
+        return [
+            node
+            for node in self.nodes
+            if node.kind == "z" and node.layer == part.layer and node.index // size == part.index
+        ]
 
 
 def intersection(circuits: Sequence[Circuit]) -> Circuit:

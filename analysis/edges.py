@@ -191,8 +191,10 @@ def prune_edges(
     the circuit alone does. Receivers into which no edge leads are dropped with that.
 
     The circuit comes back with its edges, and for each the points of score that its patch costs (`edge_scores`);
-    `settings["edges"]` says how they were found and what the circuit of these edges alone recovers. The corrupted
-    values of all prompts are kept meanwhile: 8 · n_layers · d_model bytes per token.
+    `settings["edges"]` says how they were found, and the circuit's score when all other candidates are removed
+    together. Only with `from_input` and `same_layer` are the candidates all edges of the circuit, so that `edge_score`
+    can score what is kept of them. The corrupted values of all prompts are held in memory meanwhile, 8 · n_layers ·
+    d_model bytes per token.
 
     Raises PatchError for an unknown option, a node that the model lacks or a task without corrupted prompts, TaskError
     when the full model (or the circuit) does not prefer the answers.
@@ -209,25 +211,31 @@ def prune_edges(
     result = path_effects(
         model, task, candidates, source=corrupted, freeze=freeze, base=base, progress=progress, **options
     )
-    full = full_metric(result, task)
-    alone = _metrics(edge_effects(model, task, [EdgeSet()], source=source, base=EdgeSet((), base), **options))[0]
+    full, metrics = full_metric(result, task), dict(zip(candidates, _metrics(result), strict=True))
+
+    def score_without(removed: Iterable[Edge]) -> float:
+        rows = edge_effects(model, task, [()], source=source, base=EdgeSet(tuple(removed), base), **options)
+        return 100 * _metrics(rows)[0] / full
+
+    alone = score_without(())
     if relative_to == "circuit" and alone <= 0:
         raise TaskError(f"task '{task.name}': the circuit does not prefer the answers, so no edge is relative to it")
-    whole = full if relative_to == "full" else alone
-    metrics = dict(zip(candidates, _metrics(result), strict=True))
-    kept = tuple(edge for edge, metric in metrics.items() if metric / whole < threshold)
-    scores = {edge: 100 * (alone - metrics[edge]) / full for edge in kept}
-    found = replace(circuit, edges=kept, edge_scores=scores)
+    whole = 100.0 if relative_to == "full" else alone
+    scores = {edge: 100 * metric / full for edge, metric in metrics.items()}
+    kept = tuple(edge for edge in candidates if scores[edge] / whole < threshold)
     how = {
         "method": "path patching",
         "threshold": threshold,
         "relative_to": relative_to,
         "freeze": freeze,
+        "from_input": from_input,
+        "same_layer": same_layer,
         "source": _source_name(source),
         "n_candidates": len(candidates),
-        "score": edge_score(model, task, found, source=source, **options) if kept else None,
+        "score": score_without(edge for edge in candidates if edge not in set(kept)),
     }
-    return replace(found, settings={**circuit.settings, "edges": how})
+    costs = {edge: alone - scores[edge] for edge in kept}
+    return replace(circuit, edges=kept, edge_scores=costs, settings={**circuit.settings, "edges": how})
 
 
 def acdc(

@@ -14,7 +14,7 @@ from subcircuit.analysis.discover import discover
 from subcircuit.analysis.edges import EdgeAblation, acdc, edge_score, edges_between, prune_edges, verify_edges
 from subcircuit.analysis.faithfulness import score
 from subcircuit.engine.errors import PatchError, TaskError
-from subcircuit.engine.patching.edges import edge_effects, path_effects
+from subcircuit.engine.patching.edges import EdgeSet, edge_effects, path_effects
 from subcircuit.engine.patching.graph import INPUT, LOGITS, edges, receivers
 from subcircuit.engine.patching.sites import as_patch_set
 
@@ -50,8 +50,9 @@ def sequential_acdc(model, task, threshold, source):
     return kept, now, trace
 
 
-@pytest.mark.parametrize(("source", "threshold"), [("mean", 3.0), ("corrupted", 0.5), ("zero", 10.0)])
-@pytest.mark.parametrize("at_once", [1, 7])
+@pytest.mark.parametrize(
+    ("source", "threshold", "at_once"), [("mean", 3.0, 1), ("corrupted", 0.5, 7), ("zero", 10.0, 16)]
+)
 def test_acdc_decides_as_the_sequential_rule_does(case, source, threshold, at_once):
     model, task = case
     kept, final_score, trace = sequential_acdc(model, task, threshold, source)
@@ -76,12 +77,20 @@ def test_the_executors_find_the_same_edges(case):
     assert fast.edges == slow.edges
 
 
+def outside(circuit, config):
+    nodes = [f"a{layer}.h{head}" for layer in range(config.n_layers) for head in range(config.n_heads)]
+    nodes += [f"m{layer}" for layer in range(config.n_layers)]
+    return [node for node in nodes if node not in {str(node) for node in circuit.nodes}]
+
+
+def ablated(circuit, config, source):
+    return tuple(replace(patch, source=source) for patch in as_patch_set(tuple(outside(circuit, config))))
+
+
 def sequential_edge_pruning(model, task, circuit, threshold, source, freeze, same_layer, from_input):
     """Every edge by itself, with hooks: the corrupted values are those of runs with the circuit's ablation active."""
     config = model.config
-    nodes = [f"a{layer}.h{head}" for layer in range(config.n_layers) for head in range(config.n_heads)]
-    nodes += [f"m{layer}" for layer in range(config.n_layers)]
-    outside = [node for node in nodes if node not in {str(node) for node in circuit.nodes}]
+    gone = outside(circuit, config)
     names = [f"blocks.{layer}.{name}" for layer in range(config.n_layers) for name in ("attn.hook_z", "hook_mlp_out")]
     cache = model.run_with_cache(task.corrupted, names)[1]
     instead = {name: cache[name].mean(0, keepdim=True) if source == "mean" else 0 * cache[name] for name in names}
@@ -89,16 +98,15 @@ def sequential_edge_pruning(model, task, circuit, threshold, source, freeze, sam
     def ablate(value, name):
         value, layer = value.clone(), name.split(".")[1]
         if name.endswith("mlp_out"):
-            return instead[name].expand_as(value) if f"m{layer}" in outside else value
+            return instead[name].expand_as(value) if f"m{layer}" in gone else value
         for head in range(config.n_heads):
-            if f"a{layer}.h{head}" in outside:
+            if f"a{layer}.h{head}" in gone:
                 value[:, :, head] = instead[name][:, :, head]
         return value
 
     with model.hooks([(name, ablate) for name in names]):
         corrupted = model.run_with_cache(task.corrupted, [*names, "blocks.0.hook_resid_pre"])[1]
-    base = as_patch_set(tuple(outside))
-    base = tuple(replace(patch, source=source) for patch in base)
+    base = ablated(circuit, config, source)
     kept = {}
     for receiver in receivers(config):
         for sender in [*([INPUT] if from_input else []), *map(str, circuit.nodes)]:
@@ -146,16 +154,30 @@ def test_edges_are_pruned_as_one_by_one(case, source, freeze, same_layer, from_i
     assert found.nodes == circuit.nodes
     assert found.score == circuit.score
     assert Circuit.from_json(found.to_json()) == found
-    assert found.settings["edges"]["score"] == pytest.approx(
-        edge_score(model, task, found, source=source, precision="fp64")
-    )
+    candidates = edges_between(circuit, model.config, from_input=from_input, same_layer=same_layer)
+    base = EdgeSet(tuple(set(candidates) - set(kept)), ablated(circuit, model.config, source))
+    without = edge_effects(model, task, [()], source=source, base=base, **EXACT)
+    share = (without.effects.mean() + without.clean_metric.mean()) / without.clean_metric.mean()
+    assert found.settings["edges"]["score"] == pytest.approx(100 * float(share))
+
+
+def test_all_edges_of_a_circuit_of_nodes_score_like_its_nodes(case):
+    model, task = case
+    circuit = Circuit(heads=[(0, 1), (0, 2), (1, 0), (1, 3)], mlps=[0, 1])
+    within = edges_between(circuit, model.config, from_input=True, same_layer=True)
+    for source in ("mean", "corrupted"):
+        alone = score(model, task, circuit, source=source, precision="fp64")
+        whole = replace(circuit, edges=tuple(within))
+        assert edge_score(model, task, whole, source=source, precision="fp64") == pytest.approx(alone)
 
 
 def test_a_threshold_relative_to_the_circuit_scales_with_its_score(case):
     model, task = case
-    circuit = Circuit(heads=[(0, 1), (0, 2), (1, 0), (1, 2), (1, 3)], mlps=[0, 1])
-    share = score(model, task, circuit, precision="fp64") / 100
-    assert share > 0.05
+    everything = [(layer, head) for layer in range(2) for head in range(4)]
+    circuits = [Circuit([head for head in everything if head != left_out], [0, 1]) for left_out in everything]
+    shares = [score(model, task, circuit, precision="fp64") / 100 for circuit in circuits]
+    share, circuit = max(zip(shares, circuits, strict=True), key=lambda pair: pair[0])
+    assert share > 0
     absolute = prune_edges(model, task, circuit, 0.9 * share, precision="fp64")
     relative = prune_edges(model, task, circuit, 0.9, relative_to="circuit", precision="fp64")
     assert absolute.edges == relative.edges
