@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
-from matplotlib.patches import FancyBboxPatch, PathPatch
+from matplotlib.patches import Circle, FancyBboxPatch, PathPatch
 from matplotlib.path import Path
 
 from subcircuit.analysis.circuit import Circuit
@@ -48,7 +48,7 @@ class _Layout:
                 nodes[f"m{layer}"] = most + 0.9, 1.25 * row + 0.5
         height = 1.25 * (len(layers) + 1) + 0.35
         middle = (most + 1.4) / 2
-        return cls({INPUT: (middle, 0.0), LOGITS: (middle, height), **nodes}, most + 1.4, height)
+        return cls({INPUT: (middle, 0.0), LOGITS: (middle, height), **nodes}, most + 1.9, height)
 
 
 def circuit_figure(circuit: Circuit, title: str, group_size: int = 1) -> str:
@@ -59,17 +59,17 @@ def circuit_figure(circuit: Circuit, title: str, group_size: int = 1) -> str:
     """
     layout = _Layout.of(circuit)
     joined = {name for edge in circuit.edges for name in _ends(circuit, edge, group_size)}
-    below = 0.45
     with mpl.rc_context(_STYLE):
         size = UNIT * layout.width, UNIT * (layout.height + 0.6)
-        figure, axes = _boxed(max(size[0], 3.6), size[1], title, 0.55, 0.2, below)
+        figure, axes = _boxed(max(size[0], 3.6), size[1], title, 0.8, 0.2, 0.45)
         spare = max(0.0, 3.6 / UNIT - layout.width) / 2
         axes.set(xlim=(-spare, layout.width + spare), ylim=(-0.3, layout.height + 0.3), xticks=[])
         axes.set_yticks(*_layer_ticks(circuit, layout))
         _draw_edges(axes, circuit, layout, group_size)
         for name, place in layout.nodes.items():
             if name in joined or name not in (INPUT, LOGITS):
-                _draw_node(axes, name, place, name in joined)
+                _draw_node(axes, name, place, name in joined or not circuit.edges)
+        _draw_inputs(axes, circuit, layout, group_size)
         for i, (kind, word) in enumerate(LEGEND.items()):
             x, y = (0.45 + 0.75 * i) / figure.get_figwidth(), 0.18 / figure.get_figheight()
             figure.text(x, y, f"— {word}", color=COLOURS[kind], va="center", fontsize=8.5, fontweight="bold")
@@ -118,15 +118,28 @@ def _draw_edges(axes: Axes, circuit: Circuit, layout: _Layout, group_size: int) 
             )
 
 
+def _draw_inputs(axes: Axes, circuit: Circuit, layout: _Layout, group_size: int) -> None:
+    """The queries, keys and values into which edges lead."""
+    for receiver in sorted({receiver for _, receiver in circuit.edges if receiver.startswith("a")}):
+        kind = Component.parse(receiver).kind
+        for reader in circuit.readers(receiver, group_size):
+            x, y = layout.nodes[str(reader)]
+            at = x + _port(kind), y - HEIGHT / 2
+            axes.add_patch(Circle(at, 0.1, facecolor=COLOURS[kind], edgecolor="white", linewidth=0.6, zorder=4))
+            axes.text(*at, kind, ha="center", va="center_baseline", fontsize=6, color="white", zorder=5)
+
+
 def _port(kind: str) -> float:
     """How far from the middle of its box an input is drawn."""
     return {"q": -WIDTH / 3.2, "k": 0.0, "v": WIDTH / 3.2, "mlp": 0.0}[kind]
 
 
 def _curve(start: Place, end: Place) -> Path:
-    """Up out of one box, up into the other."""
-    bend = 0.45 * max(end[1] - start[1], 0.3)
-    points = [start, (start[0], start[1] + bend), (end[0], end[1] - bend), end]
+    """Up out of one box, up into the other; to the right of the boxes between, where they stand in one column."""
+    rise = max(end[1] - start[1], 0.3)
+    bend = 0.45 * rise
+    aside = 0.3 * rise**0.5 if abs(end[0] - start[0]) < 0.05 and rise > 1 else 0.0
+    points = [start, (start[0] + aside, start[1] + bend), (end[0] + aside, end[1] - bend), end]
     return Path(points, [Path.MOVETO, Path.CURVE4, Path.CURVE4, Path.CURVE4])
 
 
