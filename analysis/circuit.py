@@ -119,7 +119,8 @@ class Circuit:
         heads = " ".join(f"{layer}.{head}" for layer, head in self.heads) or "none"
         mlps = " ".join(map(str, self.mlps)) or "none"
         found = f", score {self.score:.1f}" if self.score is not None else ""
-        return f"{len(self.heads)} heads ({heads}), {len(self.mlps)} MLPs ({mlps}){found}"
+        edges = f", {len(self.edges)} edge{'' if len(self.edges) == 1 else 's'}" if self.edges else ""
+        return f"{len(self.heads)} heads ({heads}), {len(self.mlps)} MLPs ({mlps}){edges}{found}"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""

@@ -11,7 +11,7 @@ from matplotlib.patches import Circle, FancyBboxPatch, PathPatch
 from matplotlib.path import Path
 
 from subcircuit.analysis.circuit import Circuit
-from subcircuit.analysis.figures import _STYLE, BAND, FAINT, INK, PALETTE, SOFT, _boxed, _svg
+from subcircuit.analysis.figures import _STYLE, BAND, FAINT, INK, PALETTE, SOFT, _boxed, _svg, words
 from subcircuit.engine.patching import Component
 from subcircuit.engine.patching.graph import INPUT, LOGITS, Edge
 
@@ -74,6 +74,13 @@ def circuit_figure(circuit: Circuit, title: str, group_size: int = 1) -> str:
             x, y = (0.45 + 0.75 * i) / figure.get_figwidth(), 0.18 / figure.get_figheight()
             figure.text(x, y, f"— {word}", color=COLOURS[kind], va="center", fontsize=8.5, fontweight="bold")
         return _svg(figure)
+
+
+def circuit_text(circuit: Circuit, suffix: str, group_size: int = 1) -> str:
+    """A circuit as a file of this suffix holds it: a diagram (`.svg`), Graphviz (`.dot`), else JSON."""
+    if suffix == ".svg":
+        return circuit_figure(circuit, f"{words(circuit.task)} in {circuit.model}", group_size)
+    return circuit.to_dot(group_size) if suffix == ".dot" else circuit.to_json() + "\n"
 
 
 def _layer_ticks(circuit: Circuit, layout: _Layout) -> tuple[list[float], list[str]]:

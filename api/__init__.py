@@ -23,6 +23,14 @@ if TYPE_CHECKING:
     from subcircuit.analysis.circuit import Circuit, TraceStep, intersection, union
     from subcircuit.analysis.compare import cross_task_scores, jaccard_matrix
     from subcircuit.analysis.discover import discover
+    from subcircuit.analysis.edges import (
+        EdgeAblation,
+        EdgeEffects,
+        edge_score,
+        edges_between,
+        prune_edges,
+        verify_edges,
+    )
     from subcircuit.analysis.faithfulness import Ablation, node_drops, random_circuits, score
     from subcircuit.analysis.study import StudySettings, study
     from subcircuit.analysis.sweep import Scores, sweep
@@ -32,12 +40,22 @@ if TYPE_CHECKING:
     from subcircuit.engine.errors import SubcircuitError
     from subcircuit.engine.model import HookedTransformer
     from subcircuit.engine.patching import Component, DeltaSession, Effects, Patch, Site, patch_effects
+    from subcircuit.engine.patching.edge_delta import EdgeSet
+    from subcircuit.engine.patching.edges import EdgeSession, edge_effects, path_effects
     from subcircuit.weights.names import known_models, load
 
 _HOMES = {
     "analysis.circuit": ("Circuit", "TraceStep", "intersection", "union"),
     "analysis.compare": ("cross_task_scores", "jaccard_matrix"),
     "analysis.discover": ("discover",),
+    "analysis.edges": (
+        "EdgeAblation",
+        "EdgeEffects",
+        "edge_score",
+        "edges_between",
+        "prune_edges",
+        "verify_edges",
+    ),
     "analysis.faithfulness": ("Ablation", "node_drops", "random_circuits", "score"),
     "analysis.study": ("StudySettings", "study"),
     "analysis.sweep": ("Scores", "sweep"),
@@ -47,6 +65,8 @@ _HOMES = {
     "engine.errors": ("SubcircuitError",),
     "engine.model": ("HookedTransformer",),
     "engine.patching": ("Component", "DeltaSession", "Effects", "Patch", "Site", "patch_effects"),
+    "engine.patching.edge_delta": ("EdgeSet",),
+    "engine.patching.edges": ("EdgeSession", "edge_effects", "path_effects"),
     "weights.names": ("known_models", "load"),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
@@ -59,6 +79,10 @@ __all__ = [
     "Circuit",
     "Component",
     "DeltaSession",
+    "EdgeAblation",
+    "EdgeEffects",
+    "EdgeSession",
+    "EdgeSet",
     "Effects",
     "HookedTransformer",
     "ModelConfig",
@@ -73,6 +97,9 @@ __all__ = [
     "__version__",
     "cross_task_scores",
     "discover",
+    "edge_effects",
+    "edge_score",
+    "edges_between",
     "errors",
     "intersection",
     "jaccard_matrix",
@@ -80,6 +107,8 @@ __all__ = [
     "load",
     "node_drops",
     "patch_effects",
+    "path_effects",
+    "prune_edges",
     "random_circuits",
     "score",
     "study",
@@ -89,6 +118,7 @@ __all__ = [
     "task_from_tokens",
     "task_names",
     "union",
+    "verify_edges",
 ]
 
 

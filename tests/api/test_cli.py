@@ -67,6 +67,34 @@ def test_discover_writes_a_circuit_or_a_graph(run, tmp_path):
     assert (tmp_path / "c.dot").read_text().startswith("digraph")
 
 
+def test_discover_prunes_edges_or_starts_from_them(run, tmp_path):
+    arguments = ("discover", *TINY, "--task", "months", "--max-sweeps", 1, "--n", 4, "--quiet", "--edges")
+    status, out, err = run(*arguments, "--edge-threshold", 0.7, "--out", tmp_path / "c.svg", "--json")
+    assert (status, err) == (0, "")
+    circuit = json.loads(out)
+    assert circuit["settings"]["edges"]["threshold"] == 0.7
+    assert 0 < len(circuit["edges"]) == len(circuit["edge_scores"]) < circuit["settings"]["edges"]["n_candidates"]
+    assert ">months in tiny-gpt2<" in (tmp_path / "c.svg").read_text()
+    arguments = (
+        "discover",
+        *TINY,
+        "--task",
+        "months",
+        "--n",
+        2,
+        "--quiet",
+        "--method",
+        "acdc",
+        "--source",
+        "corrupted",
+    )
+    status, out, err = run(*arguments, "--threshold", 40, "--json")
+    assert (status, err) == (0, "")
+    circuit = json.loads(out)
+    assert (circuit["method"], circuit["settings"]["source"]) == ("acdc", "corrupted")
+    assert all(score >= 40 for _, _, score in circuit["edge_scores"])
+
+
 def test_generate_takes_prompts_as_words_or_as_options(run):
     prompt = "Ring lost in May. Van lost in June. Box lost in"
     for arguments in ((prompt,), ("--prompt", prompt)):
