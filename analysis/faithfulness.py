@@ -36,6 +36,30 @@ def outside(kept: Collection[Component], config: ModelConfig) -> list[Component]
     return [node for node in all_nodes(config) if node not in chosen]
 
 
+def full_metric(clean: Float[Tensor, "prompt"], task: Task, metric: Metric) -> float:
+    """Mean metric of the full model. Raises TaskError where it does not prefer the answers, or by `accuracy` gives
+    none."""
+    full = float(clean.double().mean())
+    if metric in ("logit_difference", "accuracy") and full <= 0:
+        raise TaskError(
+            f"task '{task.name}': the model does not prefer the answers (mean {metric.replace('_', ' ')} {full:.3f}), "
+            "so there is no score relative to it"
+        )
+    return full
+
+
+def share_left(metric: Metric, ablated: Float[Tensor, "*any"], full: Float[Tensor, "*any"]) -> Float[Tensor, "*any"]:
+    """What is left of the full model, 1 for all of it, by mean metrics of the ablated and of the full one: see
+    `Ablation`."""
+    match metric:
+        case "kl":
+            return (-ablated).exp()
+        case "log_probability":
+            return (ablated - full).exp()
+        case _:
+            return ablated / full
+
+
 class Ablation:
     """Scores of keep-sets on one task: everything outside a keep-set is replaced by its source, at all positions or
     at those given.
@@ -89,12 +113,7 @@ class Ablation:
             )
             self._session.prepare([self._patches(all_nodes(model.config))])
         self.clean: Float[Tensor, "prompt"] = self._effects([()], ()).clean_metric.double().cpu()
-        self.full = float(self.clean.mean())
-        if metric in ("logit_difference", "accuracy") and self.full <= 0:
-            raise TaskError(
-                f"task '{task.name}': the model does not prefer the answers (mean {metric.replace('_', ' ')} "
-                f"{self.full:.3f}), so there is no score relative to it"
-            )
+        self.full = full_metric(self.clean, task, metric)
 
     def values(
         self, removed: Sequence[Iterable[Component]], base: Iterable[Component] = ()
@@ -117,13 +136,7 @@ class Ablation:
 
     def share(self, ablated: Float[Tensor, "*any"], full: Float[Tensor, "*any"]) -> Float[Tensor, "*any"]:
         """What is left of the full model, 1 for all of it, by mean metrics of the ablated and of the full one."""
-        match self.metric:
-            case "kl":
-                return (-ablated).exp()
-            case "log_probability":
-                return (ablated - full).exp()
-            case _:
-                return ablated / full
+        return share_left(self.metric, ablated, full)
 
     def score_of(self, kept: set[Component]) -> float:
         """Score of the circuit that consists of the kept nodes."""

@@ -156,13 +156,41 @@ def test_a_screened_sweep_shows_the_largest_effects_and_what_they_took(run):
 
 @pytest.mark.parametrize("method", ["eap", "eap-ig"])
 def test_discover_by_edge_attribution_writes_a_circuit_of_edges(run, tmp_path, method):
-    discover = ("discover", *TINY, "--task", "months", "--method", method, "--edges", 60, "--steps", 2, "--quiet")
+    discover = ("discover", *TINY, "--task", "months", "--method", method, "--n-edges", 60, "--steps", 2, "--quiet")
     status, out, err = run(*discover, "--out", tmp_path / "c.json", "--json")
     assert (status, err) == (0, "")
     circuit = json.loads(out)
     assert 0 < len(circuit["edges"]) <= 60
     assert (circuit["method"], circuit["settings"]["n_edges"]) == (method, 60)
     assert json.loads((tmp_path / "c.json").read_text()) == circuit
+
+
+def test_discover_prunes_edges_or_starts_from_them(run, tmp_path):
+    arguments = ("discover", *TINY, "--task", "months", "--max-sweeps", 1, "--n", 4, "--quiet", "--edges")
+    status, out, err = run(*arguments, "--edge-threshold", 0.7, "--out", tmp_path / "c.svg", "--json")
+    assert (status, err) == (0, "")
+    circuit = json.loads(out)
+    assert circuit["settings"]["edges"]["threshold"] == 0.7
+    assert 0 < len(circuit["edges"]) == len(circuit["edge_scores"]) < circuit["settings"]["edges"]["n_candidates"]
+    assert ">months in tiny-gpt2<" in (tmp_path / "c.svg").read_text()
+    arguments = (
+        "discover",
+        *TINY,
+        "--task",
+        "months",
+        "--n",
+        2,
+        "--quiet",
+        "--method",
+        "acdc",
+        "--source",
+        "corrupted",
+    )
+    status, out, err = run(*arguments, "--threshold", 40, "--json")
+    assert (status, err) == (0, "")
+    circuit = json.loads(out)
+    assert (circuit["method"], circuit["settings"]["source"]) == ("acdc", "corrupted")
+    assert all(score >= 40 for _, _, score in circuit["edge_scores"])
 
 
 def test_generate_takes_prompts_as_words_or_as_options(run):
