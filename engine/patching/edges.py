@@ -56,6 +56,8 @@ class EdgeSession(DeltaSession):
     layer. In bfloat16 large differences are not computed again in float32.
     """
 
+    _run_class = EdgeRun
+
     def __init__(
         self,
         model: HookedTransformer,

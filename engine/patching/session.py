@@ -353,20 +353,17 @@ class DeltaSession:
             if run is not None or kept + len(prompts) > self._layout.prompts_kept:
                 self._runs.clear()  # what does not fit beside the others is made anew, what lacks a hook point too
                 self._sources.forget()
-            run = self._runs[id(prompts)] = self._new_run(prompts)
+            run = self._runs[id(prompts)] = self._run_class(
+                self.model,
+                self._weights,
+                self._product_dtype,
+                self.prompts,
+                prompts,
+                self._sources,
+                self._backend,
+                self._metric,
+            )
         return run
-
-    def _new_run(self, prompts: PromptChunk) -> DeltaRun:
-        return self._run_class(
-            self.model,
-            self._weights,
-            self._product_dtype,
-            self.prompts,
-            prompts,
-            self._sources,
-            self._backend,
-            self._metric,
-        )
 
     def _starts(self, sets: Sequence[PatchSet], base: PatchSet, first_different: int) -> list[Start]:
         """Where each set starts; one that differs nowhere starts above the last layer."""
