@@ -17,6 +17,8 @@ from subcircuit.engine.patching.sites import as_patch_set
 
 SEED = random.randrange(10**6)
 SOURCES = ["corrupted", "mean", "zero"]
+TOLERANCE = {"corrupted": 1e-10, "mean": 1e-10, "zero": 1e-9}
+"""With zeros little may be left of a residual stream, and its sum has lost a digit then."""
 FREEZES = ["heads", "heads+mlps", "none"]
 NODES = as_patch_set(["a0.h1", "m0", "a1.h0", "a1.h3", "a2.h2"])
 
@@ -55,7 +57,7 @@ def test_single_edges_equal_full_forwards(case, source, rng):
     single = edges_of_every_kind(model.config, rng)
     reference = edge_effects(model, prompts, single, source=source, executor="reference", precision="fp64")
     result = edge_effects(model, prompts, single, source=source, precision="fp64")
-    assert relative_error(result.effects, reference.effects) < 1e-10
+    assert relative_error(result.effects, reference.effects) < TOLERANCE[source]
     assert relative_error(result.clean_metric, reference.clean_metric) < 1e-12
     assert (reference.effects.abs().sum(1) > 0).sum() > len(single) / 2
 
@@ -68,7 +70,7 @@ def test_many_edges_at_once_equal_full_forwards(case, source, base, rng):
     options = {"source": source, "base": base, "precision": "fp64"}
     reference = edge_effects(model, prompts, sets, executor="reference", **options)
     result = edge_effects(model, prompts, sets, **options)
-    assert relative_error(result.effects, reference.effects) < 1e-10
+    assert relative_error(result.effects, reference.effects) < TOLERANCE[source]
 
 
 def test_removing_all_edges_of_a_head_is_patching_it(case):
@@ -79,7 +81,7 @@ def test_removing_all_edges_of_a_head_is_patching_it(case):
     for source in SOURCES:
         patched = patch_effects(model, prompts, nodes, source=source, executor="reference", precision="fp64")
         result = edge_effects(model, prompts, sets, source=source, precision="fp64")
-        assert relative_error(result.effects, patched.effects) < 1e-10
+        assert relative_error(result.effects, patched.effects) < TOLERANCE[source]
 
 
 def test_removing_all_edges_to_corrupted_senders_leaves_the_corrupted_run(case):
@@ -100,7 +102,7 @@ def test_paths_equal_full_forwards(case, source, freeze, base, rng):
     options = {"source": source, "freeze": freeze, "base": base, "precision": "fp64"}
     reference = path_effects(model, prompts, paths, executor="reference", **options)
     result = path_effects(model, prompts, paths, **options)
-    assert relative_error(result.effects, reference.effects) < 1e-10
+    assert relative_error(result.effects, reference.effects) < TOLERANCE[source]
 
 
 def test_a_path_of_the_direct_edge_alone_is_the_edge_removed(case):
