@@ -14,6 +14,7 @@ from markupsafe import Markup
 
 from subcircuit.analysis import figures
 from subcircuit.analysis.circuit import Circuit
+from subcircuit.analysis.stages import TASK_STAGES
 from subcircuit.analysis.store import RunDirectory
 
 
@@ -64,7 +65,11 @@ def _model_values(directory: RunDirectory, model: dict[str, Any]) -> dict[str, A
     return {
         **model,
         "n_nodes": model["n_layers"] * (model["n_heads"] + 1),
-        "tasks": [_task_values(i, name, circuits[name], results[name]) for i, name in enumerate(circuits)],
+        "tasks": [
+            _task_values(i, name, circuits[name], results[name]) | {"sections": _sections(directory, f"{slug}.{name}")}
+            for i, name in enumerate(circuits)
+        ],
+        "transfer": _section(directory, f"{slug}.transfer"),
         "compare": compare,
         "shared_scores": _shared_scores(compare),
         "drawn": drawn,
@@ -73,6 +78,22 @@ def _model_values(directory: RunDirectory, model: dict[str, Any]) -> dict[str, A
             seconds for stage, seconds in directory.run.get("timings", {}).items() if stage.startswith(f"{slug}: ")
         ),
     }
+
+
+def _sections(directory: RunDirectory, name: str) -> list[dict[str, Any]]:
+    """What the stages found for one task, in their order."""
+    found = (_section(directory, f"{name}.{stage}") for stage in TASK_STAGES)
+    return [section for section in found if section]
+
+
+def _section(directory: RunDirectory, name: str) -> dict[str, Any]:
+    """A stage's section, with its figures as part of the page; empty where the stage was not run."""
+    section = _optional(directory, f"results/{name}.json")
+    if not section:
+        return {}
+    files = {figure: f"figures/{name}.{figure}.svg" for figure in section["figures"]}
+    drawn = [_inline(directory.read_text(file), f"{name}.{figure}") for figure, file in files.items()]
+    return section | {"figures": drawn, "tables": [table for table in section["tables"] if table["rows"]]}
 
 
 def _optional(directory: RunDirectory, file: str) -> dict[str, Any]:

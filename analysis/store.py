@@ -147,8 +147,8 @@ class RunDirectory:
 
     def read_json(self, name: str) -> Any:
         try:
-            return json.loads((self.path / name).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            return json.loads(self.read_text(name))
+        except json.JSONDecodeError as error:
             raise StoreError(f"{self.path / name} cannot be read as JSON: {error}") from error
 
     def write_tensors(self, name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
@@ -162,6 +162,12 @@ class RunDirectory:
                 return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
         except (OSError, SafetensorError) as error:
             raise StoreError(f"{self.path / name} cannot be read as safetensors: {error}") from error
+
+    def read_text(self, name: str) -> str:
+        try:
+            return (self.path / name).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise StoreError(f"{self.path / name} cannot be read: {error}") from error
 
     def write_text(self, name: str, text: str) -> None:
         write_whole(self.path / name, text.encode("utf-8"))

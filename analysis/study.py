@@ -26,6 +26,7 @@ from subcircuit.analysis.faithfulness import Ablation, node_drops, random_circui
 from subcircuit.analysis.metrics import final_logits, is_top, logit_difference
 from subcircuit.analysis.pruning import Direction
 from subcircuit.analysis.report import write_report
+from subcircuit.analysis.stages import STAGES, TASK_STAGES, Section, Subject, transfer_stage
 from subcircuit.analysis.store import RunDirectory
 from subcircuit.analysis.sweep import Scores, sweep
 from subcircuit.analysis.tasks import Task, task_names
@@ -52,6 +53,8 @@ class StudySettings:
     """What a study depends on; a run is resumed only with the same ones.
 
     `n_random` is how many random circuits are scored per task; None is 50 for a small model and 10 for another.
+    `n_edge_prompts` is how many prompts edges are patched on. `stages` are what is asked of each circuit once it is
+    found (`analysis.stages.STAGES`); a run may be resumed with others.
     """
 
     models: tuple[str, ...]
@@ -69,6 +72,8 @@ class StudySettings:
     dtype: str = "float32"
     device: str = "cpu"
     n_random: int | None = None
+    n_edge_prompts: int = 8
+    stages: tuple[str, ...] = STAGES
 
 
 def study(
@@ -105,7 +110,9 @@ def study(
     run = {
         "command": command,
         "settings": {
-            name: list(value) if isinstance(value, tuple) else value for name, value in vars(settings).items()
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in vars(settings).items()
+            if name != "stages"
         },
         "tasks": list(settings.tasks),
         "seed": settings.seed,
@@ -120,7 +127,7 @@ def study(
     studies = [
         _ModelStudy(directory, settings, name, slug, progress)
         for name, slug in zip(settings.models, _slugs(settings.models), strict=True)
-        if not _is_finished(directory, slug)
+        if not _is_finished(directory, slug, settings.stages)
     ]
     # The first model last: it stays loaded for its study, and no other does, so that only one is in memory.
     for model_study in reversed(studies):
@@ -152,7 +159,10 @@ def _check_options(settings: StudySettings) -> None:
             raise PatchError(f"{name} {value!r} is not known; expected one of {', '.join(known)}")
     if not settings.threshold > 0:
         raise PatchError(f"threshold {settings.threshold} must be positive: points of score that the circuit may lose")
-    for name in ("n", "max_sweeps", "n_random"):
+    for stage in settings.stages:
+        if stage not in STAGES:
+            raise PatchError(f"stage {stage!r} is not known; expected some of {', '.join(STAGES)}")
+    for name in ("n", "max_sweeps", "n_random", "n_edge_prompts"):
         value = getattr(settings, name)
         if value is not None and value < 1:
             raise PatchError(f"{name} is {value}; expected at least 1")
@@ -212,13 +222,16 @@ def _slugs(models: Sequence[str]) -> list[str]:
     return slugs
 
 
-def _is_finished(directory: RunDirectory, slug: str) -> bool:
+def _is_finished(directory: RunDirectory, slug: str, stages: Sequence[str]) -> bool:
     """Whether every file that a model's part of the study ends with is there."""
     file = f"results/{slug}.compare.json"
     if not directory.has(file) or slug not in [model["slug"] for model in directory.run["models"]]:
         return False
-    names = ("scores/{}.{}.safetensors", "circuits/{}.{}.json", "results/{}.{}.json")
+    names = ["scores/{}.{}.safetensors", "circuits/{}.{}.json", "results/{}.{}.json"]
+    names += [f"results/{{}}.{{}}.{stage}.json" for stage in stages if stage in TASK_STAGES]
     tasks = directory.read_json(file)["tasks"]
+    if "transfer" in stages and not directory.has(f"results/{slug}.transfer.json"):
+        return False
     return all(directory.has(name.format(slug, task)) for name in names for task in tasks)
 
 
@@ -305,6 +318,7 @@ class _ModelStudy:
             for task_name, task in self.tasks.items():
                 self._study_task(task_name, task)
             self._compare()
+            self._transfer()
         self.loaded = None
 
     @contextmanager
@@ -404,6 +418,50 @@ class _ModelStudy:
             circuit = Circuit.from_dict(self.directory.read_json(files[0]))
             self._results(files[1], name, task, scores, circuit, ablation)
         self.circuits[name] = Circuit.from_dict(self.directory.read_json(files[0]))
+        self._ask_further(name, task, scores)
+
+    def _ask_further(self, name: str, task: Task, scores: Scores) -> None:
+        """The stages that come after a circuit is found."""
+        settings = self.settings
+        subject = Subject(
+            self.model,
+            task,
+            scores,
+            self.circuits[name],
+            settings.seed,
+            settings.precision,
+            settings.executor,
+            self._n_random,
+            settings.n_edge_prompts,
+        )
+        for stage, ask in TASK_STAGES.items():
+            if stage in settings.stages and not self.directory.has(f"results/{self.slug}.{name}.{stage}.json"):
+                with self._stage(f"{name}, {stage}") as step:
+                    self._write_section(f"{self.slug}.{name}.{stage}", ask(subject, step))
+
+    def _transfer(self) -> None:
+        name = f"{self.slug}.transfer"
+        if "transfer" not in self.settings.stages or self.directory.has(f"results/{name}.json"):
+            return
+        if self.model.tokenizer is None or not any(circuit.heads for circuit in self.circuits.values()):
+            return
+        with self._stage("transfer") as step:
+            section = transfer_stage(
+                self.model, self.circuits, self.settings.seed, lambda what, done, total: step(done, total)
+            )
+            self._write_section(name, section)
+
+    def _write_section(self, name: str, section: Section) -> None:
+        """Its figures first: where the values are, they are too."""
+        for figure, svg in section.figures.items():
+            self.directory.write_text(f"figures/{name}.{figure}.svg", svg)
+        self.directory.write_json(f"results/{name}.json", section.to_dict())
+
+    @property
+    def _n_random(self) -> int:
+        if self.settings.n_random is not None:
+            return self.settings.n_random
+        return 50 if self.model.config.n_params <= SMALL_MODEL else 10
 
     def _ablation(self, task: Task) -> Ablation:
         return Ablation(self.model, task, executor=self.settings.executor, precision=self.settings.precision)
@@ -463,12 +521,9 @@ class _ModelStudy:
         self.directory.write_json(file, replace(circuit, settings=circuit.settings | about).to_dict())
 
     def _results(self, file: str, name: str, task: Task, scores: Scores, circuit: Circuit, ablation: Ablation) -> None:
-        n_random = self.settings.n_random
-        if n_random is None:
-            n_random = 50 if self.model.config.n_params <= SMALL_MODEL else 10
         with self._stage(f"{name}, drops and random circuits") as step:
             drops = node_drops(ablation, circuit)
-            baseline = random_circuits(ablation, circuit, n_random, seed=self.settings.seed, progress=step)
+            baseline = random_circuits(ablation, circuit, self._n_random, seed=self.settings.seed, progress=step)
         self.directory.write_json(
             file,
             {

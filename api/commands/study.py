@@ -57,6 +57,12 @@ def study(
     n_random: Annotated[
         int | None, typer.Option("--random", min=1, help="Random circuits per task; 50 for a small model, else 10.")
     ] = None,
+    n_edge_prompts: Annotated[
+        int, typer.Option("--edge-prompts", min=1, help="Prompts that edges are patched on.")
+    ] = 8,
+    stages: Annotated[
+        str, typer.Option(help="Asked of each circuit: faithfulness, edges, roles, lens, transfer; all or none.")
+    ] = "all",
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run that is there.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete the run that is there.")] = False,
     as_json: JsonOption = False,
@@ -79,6 +85,8 @@ def study(
         dtype=dtype,
         device=device,
         n_random=n_random,
+        n_edge_prompts=n_edge_prompts,
+        stages=_stages(stages),
     )
     command = shlex.join(["subcircuit", *sys.argv[1:]])
     with progress_bars(quiet) as progress:
@@ -87,6 +95,12 @@ def study(
         print(json.dumps({"out": str(run.path), "report": str(run.path / "report.html"), **_study_values(run)}))
     else:
         _print_study(run)
+
+
+def _stages(text: str) -> tuple[str, ...]:
+    from subcircuit.analysis.stages import STAGES
+
+    return {"all": STAGES, "none": ()}.get(text) or tuple(part.strip() for part in text.split(",") if part != "none")
 
 
 def report(directory: Annotated[Path, typer.Argument(help="A run directory.")]) -> None:

@@ -15,6 +15,7 @@ from subcircuit.analysis import study as study_module
 from subcircuit.analysis.circuit import Circuit
 from subcircuit.analysis.faithfulness import score
 from subcircuit.analysis.report import write_report
+from subcircuit.analysis.stages import TASK_STAGES
 from subcircuit.analysis.study import StudySettings, circuits_of, scores_of, study
 from subcircuit.analysis.sweep import sweep
 from subcircuit.analysis.tasks import task
@@ -57,6 +58,36 @@ def test_the_report_says_what_was_found_and_needs_nothing_from_outside(run):
     assert not re.search(r"(src|href)=\"https?:|url\(http|@import", page)
     again = write_report(run).read_text()
     assert write_report(run).read_text() == again
+
+
+def test_every_stage_leaves_its_values_and_figures_and_a_section_of_the_report(run):
+    page = (run.path / "report.html").read_text()
+    for stage in TASK_STAGES:
+        for name in ("numerals", "months"):
+            section = run.read_json(f"results/tiny-gpt2.{name}.{stage}.json")
+            assert f"<h3>{section['title']}</h3>" in page
+            assert section["figures"]
+            for figure in section["figures"]:
+                assert (run.path / f"figures/tiny-gpt2.{name}.{stage}.{figure}.svg").read_text().startswith("<svg")
+    circuit = circuits_of(run, "tiny-gpt2")["months"]
+    edges = Circuit.from_dict(run.read_json("results/tiny-gpt2.months.edges.json")["data"]["circuit"])
+    assert edges.nodes == circuit.nodes
+    assert edges.edges
+    found = run.read_json("results/tiny-gpt2.months.faithfulness.json")["data"]
+    assert found["score"][0] == pytest.approx(circuit.score, abs=1e-3)
+    rows = run.read_json("results/tiny-gpt2.transfer.json")["data"]["rows"]
+    without = {row["kind"]: row["share"] for row in rows if row["circuit"] == "months"}
+    assert without["months"] < 0.5
+
+
+def test_stages_are_left_out_and_made_up_for_later(run, tmp_path):
+    settings = replace(SETTINGS, tasks=("months",), stages=("lens",))
+    found = study(settings, str(tmp_path / "run"))
+    files = {file.name for file in (found.path / "results").iterdir()}
+    assert files == {f"tiny-gpt2.{name}.json" for name in ("months", "months.lens", "compare")}
+    study(replace(settings, stages=("lens", "edges")), str(tmp_path / "run"), resume=True)
+    name = "results/tiny-gpt2.months.edges.json"
+    assert (found.path / name).read_bytes() == (run.path / name).read_bytes()
 
 
 def test_resuming_a_finished_study_computes_nothing_again(run, monkeypatch):
@@ -117,7 +148,7 @@ def test_a_stage_that_was_finished_before_a_kill_is_not_computed_again(run, tmp_
     finished = {
         file: file.stat().st_ino for part in ("scores", "circuits", "results") for file in folder.glob(f"{part}/*")
     }
-    assert len(finished) == 4
+    assert len(finished) == 3 + len(TASK_STAGES) + 1  # all of the first task, and the second's sweep
     calls.clear()
     with monkeypatch.context() as patch:
         for stage in ("sweep", "discover", "node_drops", "random_circuits"):
@@ -148,6 +179,8 @@ def test_what_cannot_be_studied_is_said_before_anything_is_written(tmp_path):
         ({"executor": "abacus"}, "executor 'abacus' is not known"),
         ({"n_random": 0}, "n_random is 0; expected at least 1"),
         ({"n": 0}, "n is 0; expected at least 1"),
+        ({"n_edge_prompts": 0}, "n_edge_prompts is 0; expected at least 1"),
+        ({"stages": ("lens", "tea")}, "stage 'tea' is not known; expected some of faithfulness"),
     ):
         with pytest.raises(PatchError, match=words):
             study(replace(SETTINGS, **wrong), str(tmp_path / "a"))

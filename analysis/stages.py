@@ -1,0 +1,299 @@
+"""What a study asks of each circuit once it is found: stages that can be left out, each with a section of the report.
+
+A stage is a function from what a study knows of one task to a `Section`: values for machines, and sentences, tables and
+figures for people. Everything it draws at random follows from the study's seed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from subcircuit.analysis import head_figures, lens_figures
+from subcircuit.analysis.attribution import attribution
+from subcircuit.analysis.baselines import random_baseline
+from subcircuit.analysis.circuit import Circuit, intersection
+from subcircuit.analysis.circuit_figure import circuit_figure
+from subcircuit.analysis.curves import node_curve, node_ranking
+from subcircuit.analysis.edges import prune_edges
+from subcircuit.analysis.evaluation import evaluate_circuit
+from subcircuit.analysis.faithfulness import Ablation
+from subcircuit.analysis.figures import curve_figure, words
+from subcircuit.analysis.head_profile import head_profiles
+from subcircuit.analysis.heads import head_roles
+from subcircuit.analysis.lens import lens
+from subcircuit.analysis.sweep import Scores
+from subcircuit.analysis.tasks import Task
+from subcircuit.analysis.transfer import transfer
+from subcircuit.analysis.transfer_figures import transfer_figure
+from subcircuit.engine.model import HookedTransformer
+from subcircuit.engine.patching.session import Executor, Precision
+
+Progress = Callable[[int, int], None]
+Cell = str | float | int | None
+
+N_ROWS = 25
+"""Rows of a table that the report shows of what is in the stage's values as a whole."""
+N_PATTERNS = 4
+"""Heads whose attention is drawn."""
+N_KNOCKOUTS = 10
+N_TRANSFER_PROMPTS = 8
+N_TRANSFER_RANDOM = 10
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of the report; numbers are shown with `digits` decimals."""
+
+    caption: str
+    columns: tuple[str, ...]
+    rows: list[list[Cell]]
+    digits: int = 2
+
+
+@dataclass(frozen=True)
+class Section:
+    """What a stage found."""
+
+    title: str
+    sentences: tuple[str, ...]
+    tables: tuple[Table, ...] = ()
+    figures: Mapping[str, str] = field(default_factory=dict)
+    """SVG texts by name."""
+    data: Mapping[str, Any] = field(default_factory=dict)
+    """Everything, as plain values for JSON."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON, the figures by name alone."""
+        tables = [asdict(table) for table in self.tables]
+        shown = {"title": self.title, "sentences": list(self.sentences), "tables": tables}
+        return {**shown, "figures": list(self.figures), "data": dict(self.data)}
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What a study knows of one task when its circuit is found."""
+
+    model: HookedTransformer
+    task: Task
+    scores: Scores
+    circuit: Circuit
+    seed: int
+    precision: Precision
+    executor: Executor
+    n_random: int
+    n_edge_prompts: int
+
+
+def faithfulness_stage(subject: Subject, progress: Progress) -> Section:
+    """What the circuit recovers and what its absence destroys, completeness, minimality, chance, CPR and CMD."""
+    options: dict[str, Any] = {"executor": subject.executor, "precision": subject.precision}
+    ablation = Ablation(subject.model, subject.task, **options)
+    found = evaluate_circuit(ablation, subject.circuit, n_knockouts=N_KNOCKOUTS, seed=subject.seed)
+    progress(1, 3)
+    curve = node_curve(ablation, node_ranking(subject.scores), seed=subject.seed)
+    progress(2, 3)
+    baseline = random_baseline(ablation, subject.circuit, subject.n_random, match="layers", seed=subject.seed)
+    progress(3, 3)
+    parts = {"recovered by the circuit": found.recovered, "destroyed without it": found.destroyed, "score": found.score}
+    intervals = {name: interval.at() for name, interval in parts.items()}
+    incomplete = found.completeness.incomplete
+    sentences = [
+        f"Minimal in {len(found.minimal())} of {len(found.items)} nodes: the 95 % interval of what their loss costs "
+        "lies above 0.",
+        f"Of {len(baseline.random)} random circuits with as many heads in each layer, the best recovers "
+        f"{baseline.most:.0f} points (p = {baseline.p:.2g}).",
+    ]
+    if len(incomplete):
+        sentences.append(
+            f"Complete up to {float(incomplete.mean()):.0f} points on average, {float(incomplete.max()):.0f} at most, "
+            f"over {len(incomplete)} random parts knocked out of the circuit and of the model alike."
+        )
+    areas = {"CPR": curve.cpr.at(), "CMD": curve.cmd.at()}
+    drops = sorted(((found.drops.at(i), name) for i, name in enumerate(found.items)), reverse=True)
+    tables = (
+        Table(
+            "Points of the metric between nothing kept and the full model, with 95 % intervals over prompts.",
+            ("", "mean", "low", "high"),
+            [[name, *interval] for name, interval in intervals.items()],
+            digits=1,
+        ),
+        Table(
+            "Areas under the recovered share of the most important nodes (CPR) and under its distance from 1 (CMD).",
+            ("", "mean", "low", "high"),
+            [[name, *interval] for name, interval in areas.items()],
+            digits=3,
+        ),
+        Table(
+            "Points lost without each node, with 95 % intervals.",
+            ("node", "mean", "low", "high"),
+            [[name, *interval] for interval, name in drops],
+            digits=1,
+        ),
+    )
+    figure = curve_figure({words(subject.task.name): curve}, "Recovered by the most important nodes")
+    data = {**found.to_dict(), "curve": curve.to_dict(), "random": baseline.to_dict()}
+    return Section("Faithfulness", tuple(sentences), tables, {"curve": figure}, data)
+
+
+def edges_stage(subject: Subject, progress: Progress) -> Section:
+    """The edges of the circuit that path patching keeps, on the first `n_edge_prompts` prompts."""
+    n = min(subject.task.n, subject.n_edge_prompts)
+    found = prune_edges(
+        subject.model,
+        subject.task.subset(range(n)),
+        subject.circuit,
+        executor=subject.executor,
+        precision=subject.precision,
+        progress=progress,
+    )
+    how = found.settings["edges"]
+    strongest = sorted(found.edge_scores.items(), key=lambda item: -abs(item[1]))
+    sentences = (
+        f"{len(found.edges)} of {how['n_candidates']} edges between the circuit's nodes matter: patched alone, each "
+        f"leaves less than {100 * how['threshold']:.0f} % of the logit difference ({n} prompts).",
+        f"Without the others the circuit scores {how['score']:.0f}.",
+    )
+    table = Table(
+        "The edges that cost most when patched.",
+        ("from", "to", "points"),
+        [[sender, receiver, points] for (sender, receiver), points in strongest[:N_ROWS]],
+        digits=1,
+    )
+    title = f"{words(subject.task.name)}: edges of the circuit"
+    figure = circuit_figure(found, title, subject.model.config.group_size)
+    return Section("Edges", sentences, (table,), {"circuit": figure}, {"circuit": found.to_dict(), "n_prompts": n})
+
+
+def roles_stage(subject: Subject, progress: Progress) -> Section:
+    """What the circuit's heads do: roles with their evidence, attention, OV scores, direct effect."""
+    heads = list(subject.circuit.heads)
+    found = head_roles(subject.model, subject.task, seed=subject.seed, progress=progress)
+    named = [(head, role) for head in heads for role in found.of(head)]
+    with_role = {head for head, _ in named}
+    sentences = [f"{len(with_role)} of the circuit's {len(heads)} heads have a role that the measures show."]
+    if found.untested:
+        sentences.append(f"Not asked for, as these prompts cannot show it: {', '.join(found.untested)}.")
+    profiles = head_profiles(found, heads) if heads else []
+    tables = [
+        Table(
+            "Roles, and what each measure had to exceed.",
+            ("head", "role", "evidence"),
+            [[_name(head), role, found.evidence(head, role)] for head, role in named],
+        )
+    ]
+    if profiles:
+        tables.append(
+            Table(
+                "Every head: attention from a member to the one before and from the last token to the newest member, "
+                "share of members whose copy or successor is among its top 5, what it adds to the logit difference.",
+                ("head", "to member before", "to newest", *profiles[0]["ov"], "direct"),
+                [
+                    [row["head"], row["to_previous_member"], row["last_to_newest"], *row["ov"].values(), row["direct"]]
+                    for row in profiles
+                ],
+            )
+        )
+    task = words(subject.task.name)
+    figures = {
+        "roles": head_figures.roles_figure({subject.task.name: found}, {subject.task.name: heads}, f"{task}: roles")
+    }
+    if found.ov is not None:
+        figures["ov"] = head_figures.ov_figure(found, f"{task}: what heads write for a member", marked=heads)
+    tokens = head_figures.token_texts(subject.task.clean[0].tolist(), subject.model.tokenizer)
+    for layer, head in [head for head in heads if head in with_role][:N_PATTERNS]:
+        title = f"{task}: attention of {layer}.{head} ({', '.join(found.of((layer, head)))})"
+        figures[f"attention.a{layer}.h{head}"] = head_figures.attention_figure(
+            found.lookups.pattern[layer, head], tokens, title
+        )
+    data = {"heads": found.table(heads), "profiles": profiles, "untested": list(found.untested)}
+    return Section("What its heads do", tuple(sentences), tuple(tables), figures, data)
+
+
+def lens_stage(subject: Subject, progress: Progress) -> Section:
+    """What the model would say after each layer, and what adds to the answer directly."""
+    read = lens(subject.model, subject.task)
+    progress(1, 2)
+    rows = attribution(subject.model, subject.task, seed=subject.seed).table(5)
+    progress(2, 2)
+    rival = "last member" if read.newest is not None else "wrong answer"
+    takeover = read.takeover()
+    median = int(takeover.double().quantile(0.5, interpolation="lower"))
+    ahead = float((takeover < len(read.stages)).double().mean())
+    sentences = [f"In the end the answer leads the {rival} in {100 * ahead:.0f} % of the prompts."]
+    if median < len(read.stages):
+        sentences.append(f"In half of them it does so for good after stage {read.stages[median]}.")
+    if subject.task.member_positions:
+        layer, share = read.best_handover()
+        if share:
+            sentences.append(
+                f"Layer {layer} turns the likeliest token from a member into the answer in {100 * share:.0f} %."
+            )
+    parts = sorted((row for row in rows if row["kind"] != "neuron"), key=lambda row: -abs(row["direct"]))
+    table = Table(
+        "What adds to logit(answer) − logit(wrong answer) directly.",
+        ("component", "logits", "± s.e."),
+        [[row["component"], row["direct"], row["standard_error"]] for row in parts[:N_ROWS]],
+    )
+    task = words(subject.task.name)
+    figures = {
+        "lens": lens_figures.lens_figure(read, f"{task}: the answer by layer"),
+        "direct": lens_figures.attribution_figure(rows, f"{task}: what adds to the answer directly"),
+    }
+    handovers = read.handovers().tolist() if subject.task.member_positions else None
+    data = {"stages": read.table(), "takeover": takeover.tolist(), "handovers": handovers, "direct": rows}
+    return Section("By layer", tuple(sentences), (table,), figures, data)
+
+
+TASK_STAGES: dict[str, Callable[[Subject, Progress], Section]] = {
+    "faithfulness": faithfulness_stage,
+    "edges": edges_stage,
+    "roles": roles_stage,
+    "lens": lens_stage,
+}
+STAGES = (*TASK_STAGES, "transfer")
+"""All that can be asked for, in the order in which they are run; transfer is one for all tasks."""
+
+
+def transfer_stage(
+    model: HookedTransformer, circuits: Mapping[str, Circuit], seed: int, progress: Callable[[str, int, int], None]
+) -> Section:
+    """What becomes of other prompts without the circuits' heads, and without those that all circuits share."""
+    named = {name: circuit for name, circuit in circuits.items() if circuit.heads}
+    shared = intersection(list(named.values())) if len(named) > 1 else None
+    if shared is not None and shared.heads:
+        named["shared"] = shared
+    kinds = (*circuits, *_TRANSFER_KINDS)
+    found = transfer(
+        model, named, kinds, n=N_TRANSFER_PROMPTS, n_random=N_TRANSFER_RANDOM, seed=seed, progress=progress
+    )
+    rows = found.table()
+    asked = [row for row in rows if row["n_answered"]]
+    silent = sorted({row["kind"] for row in rows if not row["n_answered"]})
+    sentences = [
+        f"Heads are ablated to 0, and {N_TRANSFER_PROMPTS} prompts of each kind continued. Only those count that the "
+        "whole model continues rightly."
+    ]
+    if silent:
+        sentences.append(f"It continues none of {', '.join(map(words, silent))}.")
+    table = Table(
+        "Share of the prompts that is still right.",
+        ("kind", "without", "prompts", "still right", "random heads", "worst random"),
+        [
+            [words(row["kind"]), row["circuit"], row["n_answered"], row["share"], row["random"], row["random_least"]]
+            for row in asked
+        ],
+    )
+    figures = {"transfer": transfer_figure(asked, "Right answers without a circuit's heads")} if asked else {}
+    return Section("Other prompts without the circuits' heads", tuple(sentences), (table,), figures, {"rows": rows})
+
+
+_TRANSFER_KINDS = (
+    *("interval_1", "interval_2", "interval_3", "interval_10", "addition_1_digit", "subtraction_1_digit"),
+    *("spanish_number_words", "spanish_months", "month_problems", "date_problems"),
+)
+
+
+def _name(head: tuple[int, int]) -> str:
+    return f"a{head[0]}.h{head[1]}"
