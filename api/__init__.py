@@ -22,8 +22,10 @@ from subcircuit.engine import errors
 if TYPE_CHECKING:
     from subcircuit.analysis.circuit import Circuit, TraceStep, intersection, union
     from subcircuit.analysis.compare import cross_task_scores, jaccard_matrix
+    from subcircuit.analysis.dictionary_training import TrainingSettings, dictionary_quality, train_dictionary
     from subcircuit.analysis.discover import discover
     from subcircuit.analysis.faithfulness import Ablation, node_drops, random_circuits, score
+    from subcircuit.analysis.features import feature_scores, firing_tokens
     from subcircuit.analysis.plan import plan
     from subcircuit.analysis.study import StudySettings, study
     from subcircuit.analysis.sweep import Scores, sweep
@@ -33,18 +35,22 @@ if TYPE_CHECKING:
     from subcircuit.engine.ablation import RowAblations
     from subcircuit.engine.cache import ActivationCache
     from subcircuit.engine.config import ModelConfig, RopeScaling
+    from subcircuit.engine.dictionary import SparseDictionary
     from subcircuit.engine.errors import SubcircuitError
     from subcircuit.engine.model import HookedTransformer
     from subcircuit.engine.patching import Component, DeltaSession, Effects, Patch, Site, patch_effects
     from subcircuit.engine.patching.planner import Plan
     from subcircuit.engine.steering import Steering, mean_difference, steered_source
+    from subcircuit.weights.dictionary import load_dictionary, save_dictionary
     from subcircuit.weights.names import known_models, load
 
 _HOMES = {
     "analysis.circuit": ("Circuit", "TraceStep", "intersection", "union"),
     "analysis.compare": ("cross_task_scores", "jaccard_matrix"),
+    "analysis.dictionary_training": ("TrainingSettings", "dictionary_quality", "train_dictionary"),
     "analysis.discover": ("discover",),
     "analysis.faithfulness": ("Ablation", "node_drops", "random_circuits", "score"),
+    "analysis.features": ("feature_scores", "firing_tokens"),
     "analysis.plan": ("plan",),
     "analysis.study": ("StudySettings", "study"),
     "analysis.sweep": ("Scores", "sweep"),
@@ -54,11 +60,13 @@ _HOMES = {
     "analysis.truth": ("Truth", "truth", "truth_names", "truth_report", "truth_table"),
     "engine.cache": ("ActivationCache",),
     "engine.config": ("ModelConfig", "RopeScaling"),
+    "engine.dictionary": ("SparseDictionary",),
     "engine.errors": ("SubcircuitError",),
     "engine.model": ("HookedTransformer",),
     "engine.patching": ("Component", "DeltaSession", "Effects", "Patch", "Site", "patch_effects"),
     "engine.patching.planner": ("Plan",),
     "engine.steering": ("Steering", "mean_difference", "steered_source"),
+    "weights.dictionary": ("load_dictionary", "save_dictionary"),
     "weights.names": ("known_models", "load"),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
@@ -80,26 +88,33 @@ __all__ = [
     "RowAblations",
     "Scores",
     "Site",
+    "SparseDictionary",
     "Steering",
     "StudySettings",
     "SubcircuitError",
     "Task",
     "TraceStep",
+    "TrainingSettings",
     "Transfer",
     "Truth",
     "__version__",
     "cross_task_scores",
+    "dictionary_quality",
     "discover",
     "errors",
+    "feature_scores",
+    "firing_tokens",
     "intersection",
     "jaccard_matrix",
     "known_models",
     "load",
+    "load_dictionary",
     "mean_difference",
     "node_drops",
     "patch_effects",
     "plan",
     "random_circuits",
+    "save_dictionary",
     "score",
     "steered_source",
     "study",
@@ -108,6 +123,7 @@ __all__ = [
     "task_from_file",
     "task_from_tokens",
     "task_names",
+    "train_dictionary",
     "transfer",
     "truth",
     "truth_names",

@@ -13,6 +13,7 @@ import subcircuit as sc
 from subcircuit.commands import (
     bench,
     discover,
+    features,
     generate,
     heads,
     lens,
@@ -40,6 +41,8 @@ for command in (
     discover.discover,
     heads.heads,
     lens.lens,
+    features.features,
+    features.train_dictionary,
     transfer.transfer,
     generate.generate,
     vector.vector,
