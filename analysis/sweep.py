@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -13,6 +13,7 @@ from torch import Tensor
 from subcircuit.analysis.check import check_effects
 from subcircuit.analysis.tasks import Task
 from subcircuit.engine.config import ModelConfig
+from subcircuit.engine.dictionary import SparseDictionary
 from subcircuit.engine.errors import PatchError
 from subcircuit.engine.model import HookedTransformer
 from subcircuit.engine.patching import Component, Site, Source, patch_effects
@@ -118,16 +119,21 @@ class Scores:
 
 
 def sites_of(
-    config: ModelConfig, components: Components, positions: str | Iterable[int] | None = None, n_pos: int = 0
+    config: ModelConfig,
+    components: Components,
+    positions: str | Iterable[int] | None = None,
+    n_pos: int = 0,
+    dictionaries: Mapping[str, SparseDictionary] | None = None,
 ) -> tuple[Site, ...]:
     """Sites of a sweep: named families of components (`heads+mlps`) or single ones, at all positions (None), at given
-    ones together, or (`"each"`) at each of the prompts' `n_pos` positions separately.
+    ones together, or (`"each"`) at each of the prompts' `n_pos` positions separately. `dictionaries` are those whose
+    features are components.
 
     Raises PatchError for a family or component that does not exist.
     """
     sites = _family_sites(config, components) if isinstance(components, str) else [Site.of(part) for part in components]
     for site in sites:
-        site.component.check(config)
+        site.component.check(config, dictionaries)
     if positions is None:
         return tuple(sites)
     if isinstance(positions, str):
@@ -180,7 +186,7 @@ def sweep(
 
     Raises PatchError for what does not exist or is not aligned.
     """
-    sites = sites_of(model.config, components, positions, task.clean.shape[1])
+    sites = sites_of(model.config, components, positions, task.clean.shape[1], model.dictionaries)
     result = patch_effects(
         model,
         task,

@@ -22,6 +22,7 @@ from subcircuit.engine import errors
 if TYPE_CHECKING:
     from subcircuit.analysis.circuit import Circuit, TraceStep, intersection, union
     from subcircuit.analysis.compare import cross_task_scores, jaccard_matrix
+    from subcircuit.analysis.dictionary_training import TrainingSettings, dictionary_quality, train_dictionary
     from subcircuit.analysis.discover import discover
     from subcircuit.analysis.eap import EdgeScores, edge_scores
     from subcircuit.analysis.edges import (
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
         verify_edges,
     )
     from subcircuit.analysis.faithfulness import Ablation, node_drops, random_circuits, score
+    from subcircuit.analysis.features import feature_scores, firing_tokens
     from subcircuit.analysis.gradients import gradient_scores
     from subcircuit.analysis.plan import plan
     from subcircuit.analysis.screen import Screening, screen
@@ -44,6 +46,7 @@ if TYPE_CHECKING:
     from subcircuit.engine.ablation import RowAblations
     from subcircuit.engine.cache import ActivationCache
     from subcircuit.engine.config import ModelConfig, RopeScaling
+    from subcircuit.engine.dictionary import SparseDictionary
     from subcircuit.engine.errors import SubcircuitError
     from subcircuit.engine.model import HookedTransformer
     from subcircuit.engine.patching import Component, DeltaSession, Effects, Patch, Site, patch_effects
@@ -51,11 +54,13 @@ if TYPE_CHECKING:
     from subcircuit.engine.patching.edges import EdgeSession, edge_effects, path_effects
     from subcircuit.engine.patching.planner import Plan
     from subcircuit.engine.steering import Steering, mean_difference, steered_source
+    from subcircuit.weights.dictionary import load_dictionary, save_dictionary
     from subcircuit.weights.names import known_models, load
 
 _HOMES = {
     "analysis.circuit": ("Circuit", "TraceStep", "intersection", "union"),
     "analysis.compare": ("cross_task_scores", "jaccard_matrix"),
+    "analysis.dictionary_training": ("TrainingSettings", "dictionary_quality", "train_dictionary"),
     "analysis.discover": ("discover",),
     "analysis.eap": ("EdgeScores", "edge_scores"),
     "analysis.edges": (
@@ -67,6 +72,7 @@ _HOMES = {
         "verify_edges",
     ),
     "analysis.faithfulness": ("Ablation", "node_drops", "random_circuits", "score"),
+    "analysis.features": ("feature_scores", "firing_tokens"),
     "analysis.plan": ("plan",),
     "analysis.gradients": ("gradient_scores",),
     "analysis.screen": ("Screening", "screen"),
@@ -78,6 +84,7 @@ _HOMES = {
     "analysis.truth": ("Truth", "truth", "truth_names", "truth_report", "truth_table"),
     "engine.cache": ("ActivationCache",),
     "engine.config": ("ModelConfig", "RopeScaling"),
+    "engine.dictionary": ("SparseDictionary",),
     "engine.errors": ("SubcircuitError",),
     "engine.model": ("HookedTransformer",),
     "engine.patching": ("Component", "DeltaSession", "Effects", "Patch", "Site", "patch_effects"),
@@ -85,6 +92,7 @@ _HOMES = {
     "engine.steering": ("Steering", "mean_difference", "steered_source"),
     "engine.patching.edge_delta": ("EdgeSet",),
     "engine.patching.edges": ("EdgeSession", "edge_effects", "path_effects"),
+    "weights.dictionary": ("load_dictionary", "save_dictionary"),
     "weights.names": ("known_models", "load"),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
@@ -112,26 +120,32 @@ __all__ = [
     "Scores",
     "Screening",
     "Site",
+    "SparseDictionary",
     "Steering",
     "StudySettings",
     "SubcircuitError",
     "Task",
     "TraceStep",
+    "TrainingSettings",
     "Transfer",
     "Truth",
     "__version__",
     "cross_task_scores",
+    "dictionary_quality",
     "discover",
     "edge_effects",
     "edge_score",
     "edge_scores",
     "edges_between",
     "errors",
+    "feature_scores",
+    "firing_tokens",
     "gradient_scores",
     "intersection",
     "jaccard_matrix",
     "known_models",
     "load",
+    "load_dictionary",
     "mean_difference",
     "node_drops",
     "patch_effects",
@@ -139,6 +153,7 @@ __all__ = [
     "plan",
     "prune_edges",
     "random_circuits",
+    "save_dictionary",
     "score",
     "screen",
     "steered_source",
@@ -148,6 +163,7 @@ __all__ = [
     "task_from_file",
     "task_from_tokens",
     "task_names",
+    "train_dictionary",
     "transfer",
     "truth",
     "truth_names",

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from subcircuit.engine.config import ModelConfig
+from subcircuit.engine.dictionary import SparseDictionary, acts_name
 from subcircuit.engine.errors import HookError
 
 HookFunction = Callable[[Tensor, str], Tensor | None]
@@ -97,20 +99,28 @@ def _closest(name: str, available: Sequence[str]) -> str:
 
 
 class HookTable:
-    """The functions set on a model's hook points right now. The forward pass calls it with each name and value."""
+    """The functions set on a model's hook points right now. The forward pass calls it with each name and value.
 
-    def __init__(self) -> None:
+    A dictionary that sits at a hook point gives it another one, for its features: while that has a function, the value
+    is taken apart into features and error, and put together again.
+    """
+
+    def __init__(self, dictionaries: Mapping[str, SparseDictionary] | None = None) -> None:
+        self.dictionaries = dict(dictionaries or {})
         self._forward: dict[str, list[HookFunction]] = {}
         self._backward: dict[str, list[HookFunction]] = {}
         self._fired: set[str] = set()
 
     def __deepcopy__(self, memo: dict[int, object]) -> HookTable:
         """A copied model starts without the hooks that happen to be set on the original."""
-        return HookTable()
+        return HookTable(self.dictionaries)
 
     def wants(self, *names: str) -> bool:
         """Whether any of these hook points has a function, so that the forward pass must form its value."""
-        return any(name in self._forward or name in self._backward for name in names)
+        return any(name in self._forward or name in self._backward or self._wants_features(name) for name in names)
+
+    def _wants_features(self, name: str) -> bool:
+        return name in self.dictionaries and self.wants(acts_name(name))
 
     def __call__(self, name: str, value: Tensor) -> Tensor:
         if not self.wants(name):
@@ -118,6 +128,8 @@ class HookTable:
         self._fired.add(name)
         for function in tuple(self._forward.get(name, ())):
             value = _replaced(name, value, function(value, name))
+        if self._wants_features(name):
+            value = self.dictionaries[name].spliced(value, partial(self, acts_name(name)))
         backward = tuple(self._backward.get(name, ()))
         if backward and not torch.is_grad_enabled():
             raise HookError(f"backward hook on {name!r} cannot fire: gradients are off here (torch.no_grad)")

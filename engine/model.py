@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import copy
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Unpack, cast
+from typing import Self, Unpack, cast
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +15,8 @@ from torch import Tensor, nn
 from subcircuit.engine.blocks import MLP, Attention, Block, Norm, Pass, Residual
 from subcircuit.engine.cache import ActivationCache
 from subcircuit.engine.config import ModelConfig
-from subcircuit.engine.errors import ConfigError, PromptError
+from subcircuit.engine.dictionary import SparseDictionary, acts_name
+from subcircuit.engine.errors import ConfigError, HookError, PromptError
 from subcircuit.engine.generate import GenerateOptions, Generation, generate
 from subcircuit.engine.hooks import Hook, HookTable, NamedHook, NameFilter, hook_names, select_names
 from subcircuit.engine.inputs import KVCache, PaddingSide, PromptBatch, Prompts, batch_prompts
@@ -117,7 +119,41 @@ class HookedTransformer(nn.Module):
 
     def hook_names(self) -> tuple[str, ...]:
         """Every hook point of this model, in forward order."""
-        return hook_names(self.config)
+        names = hook_names(self.config)
+        if not self.dictionaries:
+            return names
+        return tuple(
+            each for name in names for each in (name, acts_name(name)) if each is name or name in self.dictionaries
+        )
+
+    @property
+    def dictionaries(self) -> Mapping[str, SparseDictionary]:
+        """The sparse dictionaries at this model's hook points, by hook name."""
+        return self._hooks.dictionaries
+
+    def with_dictionaries(self, *dictionaries: SparseDictionary) -> Self:
+        """This model, sharing its weights, with sparse dictionaries at hook points (one at each).
+
+        It computes what it did before. The features of the dictionary at `blocks.2.hook_resid_pre` are the hook point
+        `blocks.2.hook_resid_pre.hook_sae_acts_post`, `[batch, pos, d_sae]`: what a hook changes there is decoded into
+        the value, whose error is kept.
+
+        Raises HookError for a dictionary that does not fit the model, or two at one hook point.
+        """
+        at = {dictionary.hook_name: dictionary for dictionary in dictionaries}
+        if len(at) != len(dictionaries):
+            raise HookError(f"{len(dictionaries)} dictionaries for {len(at)} hook points; expected one at each")
+        for dictionary in dictionaries:
+            dictionary.check(self.config)
+        other = copy.copy(self)
+        weight = self.embed.weight
+        other._hooks = HookTable({name: each.map(lambda x: x.detach().to(weight)) for name, each in at.items()})
+        return other
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """What `.to()` calls: dictionaries go where the weights go."""
+        self._hooks.dictionaries = {name: each.map(fn) for name, each in self._hooks.dictionaries.items()}
+        return cast(Self, super()._apply(fn, recurse))  # type: ignore[no-untyped-call]
 
     def to_tokens(self, text: str | Sequence[str], *, bos: bool | None = None) -> Int[Tensor, "batch pos"]:
         """Token ids of one or several texts that have equally many tokens.

@@ -97,7 +97,7 @@ def load_tensors(
     tensors: dict[str, Tensor] = {}
     for name, entry in plan.items():
         value = stored[name].read(dtype)
-        _check_finite(value, name, stored[name], dtype)
+        check_finite(value, name, stored[name], dtype)
         parts = entry.layout.unpack(value.to(device), config)
         tensors.update(zip(entry.parameters, parts, strict=True))
     return tensors
@@ -118,7 +118,8 @@ def _parameter_shapes(
         raise WeightsError(f"{where}: the configured sizes are impossible ({one_line(error)})") from error
 
 
-def _check_finite(value: Tensor, name: str, stored: StoredTensor, dtype: torch.dtype) -> None:
+def check_finite(value: Tensor, name: str, stored: StoredTensor, dtype: torch.dtype) -> None:
+    """Raises WeightsError, naming the tensor, for values that are not finite in this dtype."""
     # aminmax keeps NaN and makes no temporary, unlike isfinite.
     if _is_finite(value):
         return

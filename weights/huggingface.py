@@ -60,7 +60,7 @@ def read_huggingface(
 def read_config(directory: Path) -> tuple[Family, ModelConfig, ConfigValues]:
     """The family and configuration that config.json describes.  Raises WeightsError for one that is not supported."""
     where = directory / "config.json"
-    raw = _read_json(where)
+    raw = read_json(where)
     family = FAMILIES.get(str(raw.get("model_type")))
     if family is None:
         raise WeightsError(
@@ -252,7 +252,7 @@ def read_tokenizer(directory: Path) -> TextTokenizer | None:
     config_file = directory / "tokenizer_config.json"
     if tokenizer is None or not config_file.is_file():
         return tokenizer
-    adds_bos = _read_json(config_file).get("add_bos_token")
+    adds_bos = read_json(config_file).get("add_bos_token")
     return tokenizer.with_bos(adds_bos) if isinstance(adds_bos, bool) and tokenizer.bos_id is not None else tokenizer
 
 
@@ -273,7 +273,7 @@ def _build_tokenizer(directory: Path) -> TextTokenizer | None:
 def _open_tensors(directory: Path) -> dict[str, StoredTensor]:
     """Every tensor of the directory's safetensors, by its full name, memory-mapped and unread."""
     if (directory / SINGLE_FILE).is_file():
-        return _open_safetensors(directory / SINGLE_FILE)
+        return open_safetensors(directory / SINGLE_FILE)
     if (directory / INDEX_FILE).is_file():
         return _open_shards(directory)
     other = sorted(directory.glob("pytorch_model*.bin"))
@@ -283,14 +283,14 @@ def _open_tensors(directory: Path) -> dict[str, StoredTensor]:
 
 def _open_shards(directory: Path) -> dict[str, StoredTensor]:
     where = directory / INDEX_FILE
-    weight_map = _read_json(where).get("weight_map")
+    weight_map = read_json(where).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
         raise WeightsError(f"{where}: 'weight_map' is not an object of file names")
     stored: dict[str, StoredTensor] = {}
     for shard in sorted(set(weight_map.values())):
         if Path(shard).name != shard:
             raise WeightsError(f"{where}: shard {shard!r} is not a file name")
-        for name, tensor in _open_safetensors(directory / shard).items():
+        for name, tensor in open_safetensors(directory / shard).items():
             if weight_map.get(name, shard) == shard:
                 stored[name] = tensor
     for name, shard in weight_map.items():
@@ -299,7 +299,8 @@ def _open_shards(directory: Path) -> dict[str, StoredTensor]:
     return stored
 
 
-def _open_safetensors(file: Path) -> dict[str, StoredTensor]:
+def open_safetensors(file: Path) -> dict[str, StoredTensor]:
+    """The tensors of one file by name, memory-mapped and unread.  Raises WeightsError for a file that is none."""
     try:
         opened: Any = safe_open(file, framework="pt")
         names = list(opened.keys())
@@ -349,7 +350,8 @@ def _drop_tied_unembedding(stored: dict[str, StoredTensor], values: ConfigValues
     del stored["lm_head.weight"]
 
 
-def _read_json(file: Path) -> dict[str, object]:
+def read_json(file: Path) -> dict[str, object]:
+    """The object in a JSON file.  Raises WeightsError for a file that is missing or holds something else."""
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -12,7 +12,7 @@ import torch
 
 from subcircuit.engine.blocks import Block
 from subcircuit.engine.model import HookedTransformer
-from subcircuit.engine.patching.delta import DeltaRun, Departures, LayerWeights
+from subcircuit.engine.patching.delta import DeltaRun, Departures, LayerWeights, Patches
 from subcircuit.engine.patching.flops import chunk_flops, clean_flops
 from subcircuit.engine.patching.plan import Chunk, Start
 from subcircuit.engine.patching.session import DeltaSession
@@ -123,8 +123,8 @@ class _Bench:
     def _run(self, n_prompts: int) -> DeltaRun:
         """A clean run of some prompts that has what any patch in the last layer needs."""
         sources = Sources(self.model, self.session.prompts, [], "zero", n_prompts)
-        anything = [Patch(Site(Component(self.config.n_layers - 1, kind))) for kind in get_args(Kind)]
-        sources.add([tuple(anything)])
+        anything = [Component(self.config.n_layers - 1, kind) for kind in get_args(Kind)]
+        sources.add([tuple(Patch(Site(component)) for component in anything if not component.is_feature)])
         dtype, backend = self.session.product_dtype, self.session.backend
         chunk = self.prompts[:n_prompts]
         return DeltaRun(self.model, self.weights, dtype, self.session.prompts, chunk, sources, backend)
@@ -139,7 +139,7 @@ class _Bench:
         resid = 0.1 * torch.randn(shape, dtype=self.model.dtype, device=self.model.device)
         delta = resid, resid.to(self.session.product_dtype)
         run = self.run(n_prompts)
-        return self._seconds(lambda: run._block(0, delta, {}, self.first))
+        return self._seconds(lambda: run._block(0, delta, Patches({}, {}), self.first))
 
     def entry_flops(self, patch_sets: Sequence[PatchSet], n_prompts: int) -> int:
         start = self._last_layer()

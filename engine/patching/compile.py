@@ -40,14 +40,14 @@ Masks = dict[str, dict[SourceKey, MaskArray]]
 def compile_masks(
     patch_sets: Sequence[PatchSet], config: ModelConfig, n_pos: int, first: int, sources: Sources, from_layer: int
 ) -> Masks:
-    """Masks over positions from `first` on, for the patches in layers from `from_layer` on."""
+    """Masks over positions from `first` on, for the patches in layers from `from_layer` on, but for features."""
     masks: Masks = {}
     everywhere = all(patch.site.positions is None for patch_set in patch_sets for patch in patch_set)
     n_rows = 1 if everywhere else n_pos - first
     for i, patch_set in enumerate(patch_sets):
         for patch in patch_set:
             component = patch.site.component
-            if component.layer < from_layer:
+            if component.layer < from_layer or component.is_feature:
                 continue
             key, indices = sources.key(patch.source), component.indices(config)
             by_source = masks.setdefault(component.hook_name, {})

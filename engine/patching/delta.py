@@ -9,8 +9,9 @@ For a block with clean residual x and row residual x + δ:
     δu   = W_in (norm(mid + δmid) − norm(mid))
     δout = δmid + W_out (act(u + δu) − act(u))
 
-A patch replaces δ at its hook point by source − clean. Positions before the first one that can differ are never
-computed, and in the last layer only the position that the metric reads is.
+A patch replaces δ at its hook point by source − clean; one of a feature adds a multiple of its decoder row. Positions
+before the first one that can differ are never computed, and in the last layer only the position that the metric reads
+is.
 
 Shapes: δ is `[set, prompt, pos, d]`, the clean side `[prompt, pos, d]` and broadcast over sets. A δ with one set
 stands for all of them until a patch tells them apart; None stands for no difference at all.
@@ -30,9 +31,11 @@ from torch import Tensor
 from torch.nn import Linear
 
 from subcircuit.engine.blocks import Block, Norm
+from subcircuit.engine.dictionary import ACTS
 from subcircuit.engine.model import HookedTransformer
 from subcircuit.engine.patching.answers import token_sets
 from subcircuit.engine.patching.compile import HookPatch, compile_masks, hook_patches, patched
+from subcircuit.engine.patching.features import FeaturePatch, feature_patches
 from subcircuit.engine.patching.metric import Metric, MetricReadout
 from subcircuit.engine.patching.plan import Start
 from subcircuit.engine.patching.sites import PatchSet
@@ -45,13 +48,31 @@ from subcircuit.kernels.head_fanout import head_fanout
 from subcircuit.kernels.norm_delta import norm_delta
 
 Delta = Float[Tensor, "#set prompt pos d"]
-Patches = dict[str, list[HookPatch]]
 
 Split = tuple[Delta | None, Delta | None]
 """A residual stream's δ as what it was before a product was added to it, and that product, still in the precision of
 the products: the next norm adds them while it reads them."""
 
 NOTHING: Split = (None, None)
+
+
+@dataclass(frozen=True)
+class Patches:
+    """What the sets of a chunk patch, by hook point: values, and features of the dictionary there."""
+
+    values: dict[str, list[HookPatch]]
+    features: dict[str, FeaturePatch]
+
+    def at(self, name: str) -> list[HookPatch]:
+        return self.values.get(name, [])
+
+    def feature_at(self, name: str) -> FeaturePatch | None:
+        return self.features.get(name)
+
+    def applied(self, name: str, delta: Delta | None, n_read: int | None = None) -> Delta | None:
+        """δ at a hook point after the patches there, values first; with `n_read`, at the last positions only."""
+        delta = patched(delta, self.at(name), n_read)
+        return delta if name not in self.features else self.features[name].patched(delta, n_read)
 
 
 @dataclass(frozen=True)
@@ -173,6 +194,7 @@ class DeltaRun:
         names = [f"blocks.{layer}.{name}" for layer in range(n_layers) for name in kept]
         patched_names = {name for names in self.sources.names.values() for name in names}
         last = f"blocks.{n_layers - 1}.hook_resid_post"
+        patched_names |= {name.removesuffix(f".{ACTS}") for name in patched_names}
         cache = activations(self.model, self.tokens, [*names, *patched_names, last])
         self.patched_clean = {name: cache[name] for name in patched_names}
         self.clean = [self._clean_layer(cache, layer, q, k) for layer in range(n_layers)]
@@ -232,7 +254,7 @@ class DeltaRun:
         how much they depart there, if given."""
         first = min(start.first, self._base_first) if self._base else start.first
         patches = self._patches([(*self._base, *patch_set) for patch_set in patch_sets], first, start.layer)
-        delta = self._base_delta(start.layer)
+        delta = self._padded(self._base_delta(start.layer), first)
         if departures is not None:
             departures.include(self._patched_resid(start.layer, delta, patches), self._clean_entering(start.layer))
         if start.layer == self.config.n_layers:
@@ -241,6 +263,12 @@ class DeltaRun:
         if departures is not None:
             departures.include(delta, self._clean_entering(start.layer + 1))
         return Rows(patch_sets, patches, delta, start.layer + 1, first)
+
+    def _padded(self, delta: Split, first: int) -> Split:
+        """The base's δ from position `first` on: 0 before the base's own first position."""
+        n_before = self._base_first - first
+        resid, product = (part if part is None else F.pad(part, (0, 0, n_before, 0)) for part in delta)
+        return (resid, product) if n_before else delta
 
     def select(self, rows: Rows, chosen: Sequence[int]) -> Rows:
         """Some of the patch sets, by index."""
@@ -275,7 +303,10 @@ class DeltaRun:
 
     def _patches(self, patch_sets: Sequence[PatchSet], first: int, from_layer: int) -> Patches:
         masks = compile_masks(patch_sets, self.config, self.n_pos, first, self.sources, from_layer)
-        return hook_patches(masks, self.patched_clean, self.sources, self.chunk, first)
+        values = hook_patches(masks, self.patched_clean, self.sources, self.chunk, first)
+        dictionaries, clean = self.model.dictionaries, self.patched_clean
+        features = feature_patches(patch_sets, dictionaries, clean, self.sources, self.chunk, first, from_layer)
+        return Patches(values, features)
 
     def _block(self, layer: int, delta: Split, patches: Patches, first: int) -> Split:
         """δ leaving a layer, from δ entering it."""
@@ -286,23 +317,25 @@ class DeltaRun:
         return self._mlp(layer, (resid, delta_attn), patches, n_read)
 
     def _patched_resid(self, layer: int, delta: Split, patches: Patches) -> Split:
-        at_resid = patches.get(f"blocks.{layer}.hook_resid_pre", ())
-        return (patched(_joined(delta), at_resid), None) if at_resid else delta
+        name = f"blocks.{layer}.hook_resid_pre"
+        touched = name in patches.values or name in patches.features
+        return (patches.applied(name, _joined(delta)), None) if touched else delta
 
     def _attention(self, layer: int, delta: Split, patches: Patches, first: int, n_read: int) -> Split:
         """δ entering a layer, and what the layer's heads add to it at the last `n_read` positions."""
-        weights, at_z = self.weights(layer), patches.get(f"blocks.{layer}.attn.hook_z", [])
+        weights, name = self.weights(layer), f"blocks.{layer}.attn.hook_z"
+        at_z, features = patches.at(name), patches.feature_at(name)
         if len(at_z) == 1 and at_z[0].complete:
             resid, delta_z = _joined(delta), None
         else:
             resid, delta_z = self._delta_z(layer, delta, patches, at_z, first, n_read)
-        if delta_z is not None:
-            return resid, self._product(delta_z.flatten(3), weights.o)
-        if len(at_z) == 1 and at_z[0].single_heads is not None:
+        if delta_z is None and features is None and len(at_z) == 1 and at_z[0].single_heads is not None:
             w_o = cast(Block, self.model.blocks[layer]).attn.w_o.weight
             source = at_z[0].delta[:, -n_read:]
             return resid, head_fanout(source, at_z[0].single_heads, w_o, w_o.dtype, backend=self.backend)
-        delta_z = patched(None, at_z, n_read)
+        delta_z = patched(None, at_z, n_read) if delta_z is None else delta_z.flatten(3)
+        if features is not None:
+            delta_z = features.patched(delta_z, n_read)
         return resid, None if delta_z is None else self._product(delta_z, weights.o)
 
     def _delta_z(
@@ -340,9 +373,9 @@ class DeltaRun:
         """δz from δq, δk and δv, with the patches at all of them; None where only those at z make a difference."""
         clean, name = self.clean[layer], f"blocks.{layer}.attn"
         delta_q, delta_k, delta_v = delta_qkv
-        delta_q = self._heads(patched(delta_q, patches.get(f"{name}.hook_q", ()), n_read))
-        delta_k = self._heads(patched(delta_k, patches.get(f"{name}.hook_k", ())))
-        delta_v = self._heads(patched(delta_v, patches.get(f"{name}.hook_v", ())))
+        delta_q = self._heads(patched(delta_q, patches.at(f"{name}.hook_q"), n_read))
+        delta_k = self._heads(patched(delta_k, patches.at(f"{name}.hook_k")))
+        delta_v = self._heads(patched(delta_v, patches.at(f"{name}.hook_v")))
         if delta_q is None and delta_k is None and delta_v is None:
             return None
         fused = [(at.mask[:, -n_read:], at.delta[:, -n_read:]) for at in at_z]
@@ -366,9 +399,9 @@ class DeltaRun:
     def _mlp(self, layer: int, delta_mid: Split, patches: Patches, n_read: int) -> Split:
         """δ leaving a layer, from δ between its halves: what it was, and what the MLP adds."""
         clean, weights, name = self.clean[layer], self.weights(layer), f"blocks.{layer}"
-        at_out = patches.get(f"{name}.hook_mlp_out", [])
+        at_out = patches.at(f"{name}.hook_mlp_out")
         if len(at_out) == 1 and at_out[0].complete:
-            return _joined(delta_mid), patched(None, at_out, n_read)
+            return _joined(delta_mid), patches.applied(f"{name}.hook_mlp_out", None, n_read)
         resid = delta_post = None
         if not _is_nothing(delta_mid):
             norm = cast(Block, self.model.blocks[layer]).ln2
@@ -385,9 +418,9 @@ class DeltaRun:
                 delta_linear,
                 backend=self.backend,
             )
-        delta_post = patched(delta_post, patches.get(f"{name}.mlp.hook_post", ()), n_read)
+        delta_post = patched(delta_post, patches.at(f"{name}.mlp.hook_post"), n_read)
         delta_out = None if delta_post is None else self._product(delta_post, weights.out)
-        return resid, patched(delta_out, at_out, n_read)
+        return resid, patches.applied(f"{name}.hook_mlp_out", delta_out, n_read)
 
     def _norm_delta(self, clean: Tensor, clean_normed: Tensor, delta: Split, norm: Norm) -> tuple[Delta, Delta]:
         """δ in one piece, and the norm's change under it, in the precision of the products."""

@@ -185,10 +185,13 @@ class EdgeRun(DeltaRun):
         if layer == 0:
             changes.passed(0, "resid", resid_pre)
         delta_qkv = self._own_qkv(layer, resid_pre, first, n_read, changes)
-        at_z = patches.get(f"blocks.{layer}.attn.hook_z", [])
+        name = f"blocks.{layer}.attn.hook_z"
+        at_z, features = patches.at(name), patches.feature_at(name)
         delta_z = self._attend(layer, delta_qkv, patches, at_z, n_read)
         if delta_z is None:
             delta_z = self._heads(patched(None, at_z, n_read))
+        if features is not None:
+            delta_z = self._heads(features.patched(None if delta_z is None else delta_z.flatten(3), n_read))
         changes.passed(layer, "z", delta_z)
         attn_out = None if delta_z is None else self._product(delta_z.flatten(3), self.weights(layer).o)
         return resid_pre, delta_z, added(None if resid_pre is None else resid_pre[:, :, -n_read:], attn_out)

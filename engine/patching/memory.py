@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
 from subcircuit.engine.config import ModelConfig
+from subcircuit.engine.dictionary import SparseDictionary
 from subcircuit.engine.patching.metric import Metric, clean_readout_bytes
 from subcircuit.engine.patching.plan import TOKENS_PER_CHUNK, prompt_chunks
 from subcircuit.engine.patching.sources import PromptChunk, SourceKey, tail_shape
@@ -36,6 +37,7 @@ class Sizes:
     fused: bool
     """Whether the elementwise steps are C or Triton kernels, which write nothing but their results."""
     metric: Metric = "logit_difference"
+    dictionaries: Mapping[str, SparseDictionary] = field(default_factory=dict)
 
     def clean_layer(self) -> int:
         """One prompt's clean activations in one layer."""
@@ -46,7 +48,7 @@ class Sizes:
 
     def at_hooks(self, names: Iterable[str]) -> int:
         """One prompt's values at hook points."""
-        widths = sum(math.prod(tail_shape(self.config, name)) for name in names)
+        widths = sum(math.prod(tail_shape(self.config, name, self.dictionaries)) for name in names)
         return self.n_pos * widths * self.element_size
 
     def prompt(self, names: Mapping[SourceKey, Iterable[str]]) -> int:

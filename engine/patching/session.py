@@ -136,7 +136,7 @@ class DeltaSession:
         self.copied_bytes = copied_bytes(model, product_dtype, compute_dtype)
         element_size, product_size = (torch.finfo(dtype).bits // 8 for dtype in (compute_dtype, product_dtype))
         fused = self._backend != "torch"
-        self.sizes = Sizes(model.config, self.n_pos, element_size, product_size, fused, metric)
+        self.sizes = Sizes(model.config, self.n_pos, element_size, product_size, fused, metric, self.model.dictionaries)
         self._firsts = _first_differences(prompts)
         self._starts_differ = source == "corrupted"  # other sources change every position of every prompt
         self._layout = self.layout({})
@@ -342,7 +342,7 @@ class DeltaSession:
         """Raises PatchError for a component or position that does not exist."""
         for patch_set in patch_sets:
             for patch in patch_set:
-                patch.site.component.check(self.model.config)
+                patch.site.component.check(self.model.config, self.model.dictionaries)
                 patch.site.resolve(self.n_pos)
 
     def _run(self, prompts: PromptChunk) -> DeltaRun:
@@ -440,7 +440,7 @@ def patch_effects(
     sets = [as_patch_set(patch_set) for patch_set in patch_sets]
     for patch_set in sets:
         for patch in patch_set:
-            patch.site.component.check(model.config)
+            patch.site.component.check(model.config, model.dictionaries)
     model = in_dtype(model, dtype_of(precision))
     budget = default_budget(model.device) if budget_bytes is None else budget_bytes
     # A forward with hooks holds one layer and its sources; a quarter of the budget's prompts leave room for both.

@@ -10,12 +10,14 @@ from typing import Literal, Self
 from torch import Tensor
 
 from subcircuit.engine.config import ModelConfig
+from subcircuit.engine.dictionary import ACTS, SparseDictionary
 from subcircuit.engine.errors import PatchError
 
-Kind = Literal["resid", "q", "k", "v", "z", "group", "neuron", "mlp"]
+Kind = Literal["resid", "q", "k", "v", "z", "group", "neuron", "mlp", "resid_feature", "z_feature", "mlp_feature"]
 
 # The order in which a block computes them: what a patch can change inside its own layer is what comes after it.
 STAGES: dict[str, int] = {"resid": 0, "q": 1, "k": 1, "v": 1, "z": 2, "group": 2, "neuron": 3, "mlp": 4}
+STAGES |= {"resid_feature": 0, "z_feature": 2, "mlp_feature": 4}
 
 _HOOKS: dict[str, str] = {
     "resid": "hook_resid_pre",
@@ -26,15 +28,21 @@ _HOOKS: dict[str, str] = {
     "group": "attn.hook_z",
     "neuron": "mlp.hook_post",
     "mlp": "hook_mlp_out",
+    "resid_feature": f"hook_resid_pre.{ACTS}",
+    "z_feature": f"attn.hook_z.{ACTS}",
+    "mlp_feature": f"hook_mlp_out.{ACTS}",
 }
-_LETTERS = {"h": "z", "q": "q", "k": "k", "v": "v", "g": "group"}
+_LETTERS = {"h": "z", "q": "q", "k": "k", "v": "v", "g": "group", "f": "z_feature"}
 _PATTERN = re.compile(
-    r"a(?P<attn>\d+)\.(?P<letter>[hqkvg])(?P<head>\d+)|m(?P<mlp>\d+)(\.n(?P<neuron>\d+))?|r(?P<resid>\d+)"
+    r"a(?P<attn>\d+)\.(?P<letter>[hqkvgf])(?P<head>\d+)"
+    r"|(?P<stream>[mr])(?P<layer>\d+)\.f(?P<feature>\d+)"
+    r"|m(?P<mlp>\d+)(\.n(?P<neuron>\d+))?|r(?P<resid>\d+)"
 )
 
 FORMS = (
     "a5.h1 (head), m3 (MLP), a5.q1 / a5.k0 / a5.v0 (a head's query, a KV head's key or value), "
-    "a5.g0 (all heads of a KV group), m3.n17 (neuron), r4 (residual stream entering layer 4)"
+    "a5.g0 (all heads of a KV group), m3.n17 (neuron), r4 (residual stream entering layer 4), "
+    "r4.f17 / m3.f17 / a5.f17 (feature of a dictionary there)"
 )
 
 
@@ -45,7 +53,8 @@ class Component:
     kinds: `z` a query head's output (`a5.h1`), `q`, `k`, `v` a head's query or a KV head's key or value before rotary
     embedding (`a5.q1`, `a5.k0`), `group` the outputs of all query heads that read one KV head (`a5.g0`), `mlp` an
     MLP's output (`m3`), `neuron` one of its post-activations (`m3.n17`), `resid` the residual stream entering a layer
-    (`r4`).
+    (`r4`); `resid_feature`, `mlp_feature`, `z_feature` a feature of the sparse dictionary that sits at the residual
+    stream, the MLP's output or the heads' outputs (`r4.f17`, `m3.f17`, `a5.f17`).
     """
 
     layer: int
@@ -61,6 +70,9 @@ class Component:
         part = match.groupdict()
         if part["attn"] is not None:
             return cls(int(part["attn"]), _LETTERS[part["letter"]], int(part["head"]))  # type: ignore[arg-type]
+        if part["feature"] is not None:
+            kind: Kind = "mlp_feature" if part["stream"] == "m" else "resid_feature"
+            return cls(int(part["layer"]), kind, int(part["feature"]))
         if part["resid"] is not None:
             return cls(int(part["resid"]), "resid")
         if part["neuron"] is not None:
@@ -74,6 +86,8 @@ class Component:
             return f"m{self.layer}.n{self.index}"
         if self.kind == "resid":
             return f"r{self.layer}"
+        if self.kind in ("mlp_feature", "resid_feature"):
+            return f"{self.kind[0]}{self.layer}.f{self.index}"
         letter = next(letter for letter, kind in _LETTERS.items() if kind == self.kind)
         return f"a{self.layer}.{letter}{self.index}"
 
@@ -81,6 +95,11 @@ class Component:
     def hook_name(self) -> str:
         """The hook point whose value holds this component."""
         return f"blocks.{self.layer}.{_HOOKS[self.kind]}"
+
+    @property
+    def is_feature(self) -> bool:
+        """Whether it is a feature of a sparse dictionary."""
+        return self.kind.endswith("_feature")
 
     @property
     def stage(self) -> int:
@@ -93,18 +112,33 @@ class Component:
         return range(self.index, self.index + 1)
 
     def axis_size(self, config: ModelConfig) -> int:
-        """Size of its hook point's head or neuron axis; 1 where the hook point has none."""
+        """Size of its hook point's head or neuron axis; 1 where the hook point has none.
+
+        That of features is not the model's but their dictionary's; there is none here.
+        """
+        assert not self.is_feature
         sizes = {"neuron": config.d_mlp, "mlp": 1, "resid": 1, "k": config.kv_heads, "v": config.kv_heads}
         return sizes.get(self.kind, config.n_heads)
 
-    def check(self, config: ModelConfig) -> None:
-        """Raises PatchError when the model has no such component."""
+    def check(self, config: ModelConfig, dictionaries: Mapping[str, SparseDictionary] | None = None) -> None:
+        """Raises PatchError when the model has no such component; `dictionaries` are those at its hook points."""
+        if self.is_feature:
+            self._check_feature(dictionaries or {})
+            return
         size = config.kv_heads if self.kind == "group" else self.axis_size(config)
         if self.layer >= config.n_layers:
             raise PatchError(f"component '{self}' does not exist: the model has layers 0 to {config.n_layers - 1}")
         if self.index >= size:
             what = {"z": "heads", "q": "heads", "neuron": "neurons"}.get(self.kind, "KV heads")
             raise PatchError(f"component '{self}' does not exist: layer {self.layer} has {what} 0 to {size - 1}")
+
+    def _check_feature(self, dictionaries: Mapping[str, SparseDictionary]) -> None:
+        where = self.hook_name.removesuffix(f".{ACTS}")
+        if where not in dictionaries:
+            raise PatchError(f"component '{self}' does not exist: no dictionary is known at {where!r}")
+        n_features = dictionaries[where].d_sae
+        if self.index >= n_features:
+            raise PatchError(f"component '{self}' does not exist: the dictionary has features 0 to {n_features - 1}")
 
 
 @dataclass(frozen=True)

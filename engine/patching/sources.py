@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from subcircuit.engine.config import ModelConfig
+from subcircuit.engine.dictionary import ACTS, SparseDictionary
 from subcircuit.engine.errors import PatchError
 from subcircuit.engine.model import HookedTransformer
 from subcircuit.engine.patching.sites import PatchSet, Source
@@ -41,6 +42,7 @@ SourceKey = str | int
 class Sources:
     """The sources of a set of rows, and their values for any chunk of the prompts.
 
+    Of features, `mean` is the mean of their activations, and a mapping may hold the value that they are read from.
     `mean` is the mean per position over the corrupted prompts of the data set (over the clean ones where there are no
     corrupted ones), as in the ablations of Lan et al. (arXiv 2311.04131); it is measured once, in chunks.
 
@@ -111,9 +113,7 @@ class Sources:
         if key == "mean":
             return self._means[hook_name]
         if key == "zero":
-            return torch.zeros(
-                1, 1, *tail_shape(self._model.config, hook_name), dtype=self._model.dtype, device=self._model.device
-            )
+            return torch.zeros(1, 1, *self._tail_shape(hook_name), dtype=self._model.dtype, device=self._model.device)
         if key == "corrupted":
             return self._corrupted_values(prompts)[hook_name]
         return self._mapped(self._mappings[key], hook_name, prompts)
@@ -132,11 +132,14 @@ class Sources:
         return values
 
     def _mapped(self, mapping: Mapping[str, Tensor], hook_name: str, prompts: PromptChunk) -> Tensor:
+        where = hook_name.removesuffix(f".{ACTS}")
+        if hook_name not in mapping and where in mapping and where in self._model.dictionaries:
+            return self._model.dictionaries[where].encode(self._mapped(mapping, where, prompts).flatten(2))
         if hook_name not in mapping:
             raise PatchError(f"source has no value for {hook_name!r}; it holds {len(mapping)} other hook points")
         value = mapping[hook_name].to(dtype=self._model.dtype, device=self._model.device)
         n_prompts, n_pos = self._prompts.clean.shape
-        tail = tail_shape(self._model.config, hook_name)
+        tail = self._tail_shape(hook_name)
         if value.ndim != len(tail) + 2 or value.shape[2:] != tail or value.shape[1] not in (1, n_pos):
             raise PatchError(
                 f"source for {hook_name!r} has shape {tuple(value.shape)}; "
@@ -148,9 +151,14 @@ class Sources:
             raise PatchError(f"source for {hook_name!r} has {value.shape[0]} prompts; expected {n_prompts} or 1")
         return value[prompts]
 
+    def _tail_shape(self, hook_name: str) -> torch.Size:
+        return tail_shape(self._model.config, hook_name, self._model.dictionaries)
 
-def tail_shape(config: ModelConfig, hook_name: str) -> torch.Size:
+
+def tail_shape(config: ModelConfig, hook_name: str, dictionaries: Mapping[str, SparseDictionary]) -> torch.Size:
     """Shape of a patchable hook point's value behind prompt and position."""
+    if hook_name.endswith(ACTS):
+        return torch.Size([dictionaries[hook_name.removesuffix(f".{ACTS}")].d_sae])
     tails = {
         "hook_z": (config.n_heads, config.d_head),
         "hook_q": (config.n_heads, config.d_head),
