@@ -37,7 +37,8 @@ class TraceStep:
 class Circuit:
     """A set of nodes, heads `(layer, head)` and MLPs `layer`, sorted and without repetition, and edges between them.
 
-    `score` is 100 · LD(circuit) / LD(full) on the task it was found on. `settings` and `trace` say how it was found.
+    `score` is 100 · LD(circuit) / LD(full) on the task it was found on. `settings` and `trace` say how it was found;
+    `edge_scores`, where the method gives them, how much each edge matters.
     Two circuits are equal when their nodes and edges and their provenance are; compare `nodes` for the nodes alone.
 
     Raises PatchError for heads that are not pairs, or MLPs that are not numbers, of layers from 0 up.
@@ -52,6 +53,7 @@ class Circuit:
     score: float | None = None
     trace: tuple[TraceStep, ...] = ()
     settings: dict[str, Any] = field(default_factory=dict)
+    edge_scores: dict[Edge, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "heads", sorted({_head(pair) for pair in self.heads}))
@@ -117,7 +119,8 @@ class Circuit:
         heads = " ".join(f"{layer}.{head}" for layer, head in self.heads) or "none"
         mlps = " ".join(map(str, self.mlps)) or "none"
         found = f", score {self.score:.1f}" if self.score is not None else ""
-        return f"{len(self.heads)} heads ({heads}), {len(self.mlps)} MLPs ({mlps}){found}"
+        edges = f", {len(self.edges)} edge{'' if len(self.edges) == 1 else 's'}" if self.edges else ""
+        return f"{len(self.heads)} heads ({heads}), {len(self.mlps)} MLPs ({mlps}){edges}{found}"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -130,6 +133,7 @@ class Circuit:
             "heads": [list(head) for head in self.heads],
             "mlps": self.mlps,
             "edges": [list(edge) for edge in self.edges],
+            "edge_scores": [[*edge, score] for edge, score in self.edge_scores.items()],
             "settings": self.settings,
             "trace": [vars(step) for step in self.trace],
         }
@@ -146,6 +150,7 @@ class Circuit:
                 mlps=values["mlps"],
                 edges=tuple((sender, receiver) for sender, receiver in values["edges"]),
                 trace=tuple(TraceStep(**step) for step in values["trace"]),
+                edge_scores={(sender, receiver): score for sender, receiver, score in values.get("edge_scores", ())},
                 **{name: values[name] for name in ("model", "task", "method", "score", "settings")},
             )
         except (KeyError, TypeError, ValueError, PatchError) as error:
@@ -175,14 +180,37 @@ class Circuit:
         except (OSError, UnicodeDecodeError, StoreError) as error:
             raise StoreError(f"{os.fspath(path)}: {error}") from error
 
-    def to_dot(self) -> str:
-        """The circuit as a Graphviz graph: nodes by layer, edges where it has them."""
-        lines = ["digraph circuit {", "  rankdir=BT;"]
+    def to_dot(self, group_size: int = 1) -> str:
+        """The circuit as a Graphviz graph: nodes by layer; edges where it has them, as wide as their scores.
+
+        Edges lead to the queries, keys and values of heads, and dotted lines from there to the heads that read them;
+        `group_size` is the number of heads that share a key.
+        """
+        lines = ["digraph circuit {", "  rankdir=BT;", "  node [shape=box, style=rounded];"]
         for layer in sorted({node.layer for node in self.nodes}):
             names = " ".join(f'"{node}";' for node in self.nodes if node.layer == layer)
             lines.append(f"  {{ rank=same; {names} }}")
-        lines += [f'  "{sender}" -> "{receiver}";' for sender, receiver in self.edges]
+        for receiver in sorted({receiver for _, receiver in self.edges if receiver.startswith("a")}):
+            lines.append(f'  "{receiver}" [shape=plaintext, label="{Component.parse(receiver).kind}"];')
+            for head in self.readers(receiver, group_size):
+                lines.append(f'  "{receiver}" -> "{head}" [style=dotted, arrowhead=none];')
+        most = max(map(abs, self.edge_scores.values()), default=0.0)
+        for edge in self.edges:
+            width = (
+                f" [penwidth={0.5 + 3.5 * abs(self.edge_scores[edge]) / most:.2f}]" if edge in self.edge_scores else ""
+            )
+            lines.append(f'  "{edge[0]}" -> "{edge[1]}"{width};')
         return "\n".join([*lines, "}"]) + "\n"
+
+    def readers(self, receiver: str, group_size: int = 1) -> list[Component]:
+        """The circuit's heads that read a query, key or value (`a7.k2`), `group_size` of the model's per key."""
+        part = Component.parse(receiver)
+        size = group_size if part.kind in ("k", "v") else 1
+        return [
+            node
+            for node in self.nodes
+            if node.kind == "z" and node.layer == part.layer and node.index // size == part.index
+        ]
 
 
 def intersection(circuits: Sequence[Circuit]) -> Circuit:

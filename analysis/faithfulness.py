@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import math
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
+
+from jaxtyping import Float
+from torch import Tensor
 
 from subcircuit.analysis.circuit import Circuit
 from subcircuit.analysis.tasks import Task
@@ -26,8 +28,41 @@ def layer_nodes(config: ModelConfig, layer: int) -> list[Component]:
     return [*(Component(layer, "z", head) for head in range(config.n_heads)), Component(layer, "mlp")]
 
 
+def outside(kept: Collection[Component], config: ModelConfig) -> list[Component]:
+    """The nodes outside a keep-set. Raises PatchError when the keep-set has a node that the model lacks."""
+    for node in kept:
+        node.check(config)
+    chosen = set(kept)
+    return [node for node in all_nodes(config) if node not in chosen]
+
+
+def full_metric(clean: Float[Tensor, "prompt"], task: Task, metric: Metric) -> float:
+    """Mean metric of the full model. Raises TaskError where it does not prefer the answers, or by `accuracy` gives
+    none."""
+    full = float(clean.double().mean())
+    if metric in ("logit_difference", "accuracy") and full <= 0:
+        raise TaskError(
+            f"task '{task.name}': the model does not prefer the answers (mean {metric.replace('_', ' ')} {full:.3f}), "
+            "so there is no score relative to it"
+        )
+    return full
+
+
+def share_left(metric: Metric, ablated: Float[Tensor, "*any"], full: Float[Tensor, "*any"]) -> Float[Tensor, "*any"]:
+    """What is left of the full model, 1 for all of it, by mean metrics of the ablated and of the full one: see
+    `Ablation`."""
+    match metric:
+        case "kl":
+            return (-ablated).exp()
+        case "log_probability":
+            return (ablated - full).exp()
+        case _:
+            return ablated / full
+
+
 class Ablation:
-    """Scores of keep-sets on one task: everything outside a keep-set is replaced, at all positions, by its source.
+    """Scores of keep-sets on one task: everything outside a keep-set is replaced by its source, at all positions or
+    at those given.
 
     A score is what is left of the full model, which has 100. With m the mean of the metric over prompts, it is
 
@@ -51,12 +86,13 @@ class Ablation:
         task: Task,
         *,
         source: Source = "mean",
+        positions: tuple[int, ...] | None = None,
         executor: Executor = "torch",
         precision: Precision = "fp32",
         budget_bytes: int | None = None,
         metric: Metric = "logit_difference",
     ) -> None:
-        self.model, self.task, self.metric = model, task, metric
+        self.model, self.task, self.metric, self._positions = model, task, metric, positions
         self.settings = {
             "source": source if isinstance(source, str) else "tensors",
             "executor": executor,
@@ -75,29 +111,32 @@ class Ablation:
                 executor=executor,
                 metric=metric,
             )
-            self._session.prepare([_patches(all_nodes(model.config))])
-        self.full = float(self._effects([()], ()).clean_metric.mean())
-        if metric in ("logit_difference", "accuracy") and self.full <= 0:
-            raise TaskError(
-                f"task '{task.name}': the model does not prefer the answers (mean {metric.replace('_', ' ')} "
-                f"{self.full:.3f}), so there is no score relative to it"
-            )
+            self._session.prepare([self._patches(all_nodes(model.config))])
+        self.clean: Float[Tensor, "prompt"] = self._effects([()], ()).clean_metric.double().cpu()
+        self.full = full_metric(self.clean, task, metric)
+
+    def values(
+        self, removed: Sequence[Iterable[Component]], base: Iterable[Component] = ()
+    ) -> Float[Tensor, "set prompt"]:
+        """Metric of each prompt for each set of removed nodes, on top of the nodes of `base`; float64, on the CPU."""
+        effects = self._effects([self._patches(nodes) for nodes in removed], self._patches(base)).effects
+        return self.clean + effects.double().cpu()
+
+    def kept_values(self, kept: Sequence[Collection[Component]]) -> Float[Tensor, "set prompt"]:
+        """Metric of each prompt when only the nodes of each set are kept. What no set keeps is propagated once."""
+        if not kept:
+            return self.clean.new_empty(0, len(self.clean))
+        base = self.complement(set[Component]().union(*kept))
+        rest = [node for node in all_nodes(self.model.config) if node not in set(base)]
+        return self.values([[node for node in rest if node not in nodes] for nodes in map(set, kept)], base)
 
     def scores(self, removed: Sequence[Iterable[Component]], base: Iterable[Component] = ()) -> list[float]:
         """Score of each set of removed nodes, on top of the nodes of `base`."""
-        result = self._effects([_patches(nodes) for nodes in removed], _patches(base))
-        ablated = result.effects.double().mean(1) + result.clean_metric.double().mean()
-        return [100 * self._share(metric) for metric in ablated.tolist()]
+        return (100 * self.share(self.values(removed, base).mean(1), self.clean.mean())).tolist()
 
-    def _share(self, ablated: float) -> float:
-        """What is left of the full model, by the mean metric of the ablated one."""
-        match self.metric:
-            case "kl":
-                return math.exp(-ablated)
-            case "log_probability":
-                return math.exp(ablated - self.full)
-            case _:
-                return ablated / self.full
+    def share(self, ablated: Float[Tensor, "*any"], full: Float[Tensor, "*any"]) -> Float[Tensor, "*any"]:
+        """What is left of the full model, 1 for all of it, by mean metrics of the ablated and of the full one."""
+        return share_left(self.metric, ablated, full)
 
     def score_of(self, kept: set[Component]) -> float:
         """Score of the circuit that consists of the kept nodes."""
@@ -105,9 +144,10 @@ class Ablation:
 
     def complement(self, kept: set[Component]) -> list[Component]:
         """The nodes outside a keep-set. Raises PatchError when the keep-set has a node that the model lacks."""
-        for node in kept:
-            node.check(self.model.config)
-        return [node for node in all_nodes(self.model.config) if node not in kept]
+        return outside(kept, self.model.config)
+
+    def _patches(self, nodes: Iterable[Component]) -> PatchSet:
+        return tuple(Patch(Site(node, self._positions)) for node in nodes)
 
     def _effects(self, sets: list[PatchSet], base: PatchSet) -> Effects:
         if self._session is not None:
@@ -121,10 +161,6 @@ class Ablation:
             precision=self._precision,
             metric=self.metric,
         )
-
-
-def _patches(nodes: Iterable[Component]) -> PatchSet:
-    return tuple(Patch(Site(node)) for node in nodes)
 
 
 def score(
@@ -171,7 +207,7 @@ def random_circuits(
     if match not in ("size", "layers"):
         raise PatchError(f"match {match!r} is not known; expected 'size' or 'layers'")
     rng = random.Random(seed)
-    removed = [ablation.complement(_random_nodes(ablation.model.config, circuit, rng, match)) for _ in range(n)]
+    removed = [ablation.complement(random_nodes(ablation.model.config, circuit, rng, match)) for _ in range(n)]
     scores: list[float] = []
     for first in range(0, n, 16):
         scores += ablation.scores(removed[first : first + 16])
@@ -180,7 +216,8 @@ def random_circuits(
     return scores
 
 
-def _random_nodes(config: ModelConfig, circuit: Circuit, rng: random.Random, match: str) -> set[Component]:
+def random_nodes(config: ModelConfig, circuit: Circuit, rng: random.Random, match: str) -> set[Component]:
+    """Nodes of one random circuit: `size` as many heads and MLPs, `layers` as many heads in each layer, same MLPs."""
     if match == "layers":
         per_layer = [sum(layer == at for at, _ in circuit.heads) for layer in range(config.n_layers)]
         heads = [(layer, head) for layer, n in enumerate(per_layer) for head in rng.sample(range(config.n_heads), n)]

@@ -24,6 +24,8 @@ from matplotlib.path import Path
 from matplotlib.transforms import Affine2D, IdentityTransform
 
 from subcircuit.analysis.circuit import Circuit, TraceStep
+from subcircuit.analysis.curves import Curve
+from subcircuit.analysis.overlap import Overlap
 
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#999933", "#882255")
 """A colour per task, in the order of the tasks; after eight they come again."""
@@ -44,6 +46,7 @@ _STYLE: dict[Any, Any] = {
     "xtick.color": INK,
     "ytick.color": INK,
 }
+_RAISED = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
 _LETTER_INCHES = 0.085
 """Width of a letter of 9 points, enough for any sans-serif font."""
 
@@ -142,6 +145,67 @@ def matrix_figure(
             ink = "white" if value > low + 0.7 * (high - low) else INK
             axes.text(column + 0.5, row + 0.5, text, ha="center", va="center", color=ink)
         return _svg(figure)
+
+
+def overlap_figure(
+    overlaps: Sequence[Sequence[Overlap]], names: Sequence[str], title: str, significant: float = 0.05
+) -> str:
+    """Jaccard index of every pair of circuits, with what chance gives below it; ringed where p is small."""
+    labels = [_stacked(name) for name in names]
+    size = (max(0.95, 0.1 + _inches(labels)), 0.62)
+    n = len(names)
+    with mpl.rc_context(_STYLE):
+        left, height = 0.25 + _inches(labels), size[1] * n
+        figure, axes = _boxed(size[0] * n, height, title, left, 0.15, 0.75)
+        grid = np.array([[each.jaccard for each in row] for row in overlaps], float)
+        axes.pcolormesh(grid, cmap="GnBu", vmin=0, vmax=1.15, edgecolors="white", linewidth=1)
+        axes.set(xlim=(0, n), ylim=(n, 0))
+        axes.set_xticks(np.arange(n) + 0.5, labels)
+        axes.set_yticks(np.arange(n) + 0.5, labels)
+        for (row, column), value in np.ndenumerate(grid):
+            ink, middle = "white" if value > 0.7 else INK, (column + 0.5, row + 0.5)
+            apart = row != column
+            place = (middle[0], middle[1] - 0.17 * apart)
+            axes.text(*place, f"{value:.2f}", ha="center", va="center", color=ink, fontsize=10)
+            if apart:
+                each = overlaps[row][column]
+                below = f"chance {each.expected_jaccard:.2f}\n{_p_text(each.p)}"
+                axes.text(middle[0], middle[1] + 0.2, below, ha="center", va="center", color=ink, fontsize=6.5)
+                if each.p <= significant:
+                    frame = (column + 0.04, row + 0.05)
+                    axes.add_patch(Rectangle(frame, 0.92, 0.9, fill=False, edgecolor=INK, linewidth=1.1))
+        whole = figure.get_size_inches()
+        note = f"framed: p ≤ {significant:g} beside random circuits"
+        figure.text(0.1 / whole[0], 0.1 / whole[1], note, color=SOFT, fontsize=8)
+        return _svg(figure)
+
+
+def curve_figure(curves: Mapping[str, Curve], title: str) -> str:
+    """Recovered share of the metric against circuit size, with intervals; CPR and CMD in the legend."""
+    with mpl.rc_context(_STYLE):
+        figure, axes = _boxed(5.2, 2.6, title, 0.65, 0.2, 0.55)
+        for level in (0, 1):
+            axes.axhline(level, color=FAINT, linewidth=1, zorder=0)
+        low, high = 0.0, 1.0
+        for i, (name, curve) in enumerate(curves.items()):
+            x, colour = [100 * share for share in curve.shares], task_colour(i)
+            mean, lower, upper = (part.tolist() for part in curve.recovered)
+            axes.fill_between(x, lower, upper, color=colour, alpha=0.15, linewidth=0)
+            areas = f"CPR {float(curve.cpr.mean):.2f}, CMD {float(curve.cmd.mean):.2f}".replace("-", "−")
+            axes.plot(x, mean, "-o", color=colour, markersize=3.5, linewidth=1.5, label=f"{words(name)}: {areas}")
+            low, high = min(low, *mean), max(high, *mean)
+        axes.set(xlim=(0, 101), ylim=(low - 0.08, high + 0.08))
+        axes.set_xlabel("share of all items kept, the most important first (%)")
+        axes.set_ylabel("recovered share")
+        axes.legend(frameon=False, fontsize=8, loc="lower right", bbox_to_anchor=(1, 0.16))
+        return _svg(figure)
+
+
+def _p_text(p: float) -> str:
+    if p >= 1e-3:
+        return f"p {p:.2f}" if p >= 0.095 else f"p {p:.1g}"
+    factor, power = f"{p:.0e}".split("e-")
+    return f"p {factor} · 10⁻{str(int(power)).translate(_RAISED)}"
 
 
 def drops_figure(drops: Mapping[str, float], title: str, n_most: int = 30) -> str:

@@ -21,9 +21,10 @@ import torch
 
 from subcircuit.analysis.circuit import Circuit, intersection, union
 from subcircuit.analysis.compare import cross_task_scores, jaccard_matrix
-from subcircuit.analysis.discover import Direction, discover
+from subcircuit.analysis.discover import discover
 from subcircuit.analysis.faithfulness import Ablation, node_drops, random_circuits
 from subcircuit.analysis.metrics import final_logits, is_top, logit_difference
+from subcircuit.analysis.pruning import Direction
 from subcircuit.analysis.report import write_report
 from subcircuit.analysis.store import RunDirectory
 from subcircuit.analysis.sweep import Scores, sweep

@@ -23,8 +23,19 @@ if TYPE_CHECKING:
     from subcircuit.analysis.circuit import Circuit, TraceStep, intersection, union
     from subcircuit.analysis.compare import cross_task_scores, jaccard_matrix
     from subcircuit.analysis.discover import discover
+    from subcircuit.analysis.eap import EdgeScores, edge_scores
+    from subcircuit.analysis.edges import (
+        EdgeAblation,
+        EdgeEffects,
+        edge_score,
+        edges_between,
+        prune_edges,
+        verify_edges,
+    )
     from subcircuit.analysis.faithfulness import Ablation, node_drops, random_circuits, score
+    from subcircuit.analysis.gradients import gradient_scores
     from subcircuit.analysis.plan import plan
+    from subcircuit.analysis.screen import Screening, screen
     from subcircuit.analysis.study import StudySettings, study
     from subcircuit.analysis.sweep import Scores, sweep
     from subcircuit.analysis.tasks import Task, task, task_from_file, task_from_tokens, task_names
@@ -36,6 +47,8 @@ if TYPE_CHECKING:
     from subcircuit.engine.errors import SubcircuitError
     from subcircuit.engine.model import HookedTransformer
     from subcircuit.engine.patching import Component, DeltaSession, Effects, Patch, Site, patch_effects
+    from subcircuit.engine.patching.edge_delta import EdgeSet
+    from subcircuit.engine.patching.edges import EdgeSession, edge_effects, path_effects
     from subcircuit.engine.patching.planner import Plan
     from subcircuit.engine.steering import Steering, mean_difference, steered_source
     from subcircuit.weights.names import known_models, load
@@ -44,8 +57,19 @@ _HOMES = {
     "analysis.circuit": ("Circuit", "TraceStep", "intersection", "union"),
     "analysis.compare": ("cross_task_scores", "jaccard_matrix"),
     "analysis.discover": ("discover",),
+    "analysis.eap": ("EdgeScores", "edge_scores"),
+    "analysis.edges": (
+        "EdgeAblation",
+        "EdgeEffects",
+        "edge_score",
+        "edges_between",
+        "prune_edges",
+        "verify_edges",
+    ),
     "analysis.faithfulness": ("Ablation", "node_drops", "random_circuits", "score"),
     "analysis.plan": ("plan",),
+    "analysis.gradients": ("gradient_scores",),
+    "analysis.screen": ("Screening", "screen"),
     "analysis.study": ("StudySettings", "study"),
     "analysis.sweep": ("Scores", "sweep"),
     "analysis.tasks": ("Task", "task", "task_from_file", "task_from_tokens", "task_names"),
@@ -59,6 +83,8 @@ _HOMES = {
     "engine.patching": ("Component", "DeltaSession", "Effects", "Patch", "Site", "patch_effects"),
     "engine.patching.planner": ("Plan",),
     "engine.steering": ("Steering", "mean_difference", "steered_source"),
+    "engine.patching.edge_delta": ("EdgeSet",),
+    "engine.patching.edges": ("EdgeSession", "edge_effects", "path_effects"),
     "weights.names": ("known_models", "load"),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
@@ -71,6 +97,11 @@ __all__ = [
     "Circuit",
     "Component",
     "DeltaSession",
+    "EdgeAblation",
+    "EdgeEffects",
+    "EdgeScores",
+    "EdgeSession",
+    "EdgeSet",
     "Effects",
     "HookedTransformer",
     "ModelConfig",
@@ -79,6 +110,7 @@ __all__ = [
     "RopeScaling",
     "RowAblations",
     "Scores",
+    "Screening",
     "Site",
     "Steering",
     "StudySettings",
@@ -90,7 +122,12 @@ __all__ = [
     "__version__",
     "cross_task_scores",
     "discover",
+    "edge_effects",
+    "edge_score",
+    "edge_scores",
+    "edges_between",
     "errors",
+    "gradient_scores",
     "intersection",
     "jaccard_matrix",
     "known_models",
@@ -98,9 +135,12 @@ __all__ = [
     "mean_difference",
     "node_drops",
     "patch_effects",
+    "path_effects",
     "plan",
+    "prune_edges",
     "random_circuits",
     "score",
+    "screen",
     "steered_source",
     "study",
     "sweep",
@@ -114,6 +154,7 @@ __all__ = [
     "truth_report",
     "truth_table",
     "union",
+    "verify_edges",
 ]
 
 

@@ -12,11 +12,14 @@ import typer
 import subcircuit as sc
 from subcircuit.commands import (
     bench,
+    compare,
     discover,
+    faithfulness,
     generate,
     heads,
     lens,
     models,
+    sensitivity,
     study,
     sweep,
     tasks,
@@ -36,18 +39,21 @@ app = typer.Typer(
 )
 for command in (
     study.study,
+    study.report,
     sweep.sweep,
     discover.discover,
+    faithfulness.faithfulness,
+    sensitivity.sensitivity,
+    compare.compare,
     heads.heads,
     lens.lens,
     transfer.transfer,
     generate.generate,
     vector.vector,
-    models.models,
     tasks.tasks,
+    models.models,
     models.info,
     truth.truth,
-    study.report,
     bench.bench,
 ):
     app.command()(command)

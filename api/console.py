@@ -19,7 +19,7 @@ err = Console(stderr=True, markup=False, highlight=False)
 
 _NUMBERS = (
     *("effect", "± s.e.", "share", "top-1", "heads", "MLPs", "score", "random, mean", "random, best"),
-    *("sites", "products", "attention"),
+    *("sites", "products", "attention", "q"),
 )
 
 

@@ -33,6 +33,13 @@ class Direction(StrEnum):
     forward = "forward"
 
 
+class SweepMethod(StrEnum):
+    exact = "exact"
+    atp = "atp"
+    ig = "ig"
+    atp_star = "atp*"
+
+
 TASKS = "numerals, months, ioi, … (`subcircuit tasks` lists them)"
 
 ModelOption = Annotated[str, typer.Option("--model", "-m", help="A short name, a directory, a .gguf file or a hub id.")]
@@ -53,6 +60,7 @@ MetricOption = Annotated[
 BudgetOption = Annotated[
     str | None, typer.Option(help="Memory beside the weights, such as 4GB or 512MiB; 2GiB on a CPU if left out.")
 ]
+StepsOption = Annotated[int, typer.Option(min=1, help="Runs along the way, for integrated gradients.")]
 DtypeOption = Annotated[str, typer.Option(help="Of the model's weights: float32, bfloat16, float16 or float64.")]
 DeviceOption = Annotated[str, typer.Option(help="Where the model runs: cpu, cuda, cuda:1, …")]
 JsonOption = Annotated[bool, typer.Option("--json", help="The result as JSON on standard output.")]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from subcircuit.analysis.tasks import Task
+from subcircuit.analysis.tasks import Task, task_from_tokens
 from subcircuit.engine.config import ModelConfig
 from subcircuit.engine.model import HookedTransformer
 
@@ -78,6 +78,25 @@ def random_sequence_task(seed: int, n_prompts: int = 11, d_vocab: int = 50) -> T
     answer = torch.randint(0, d_vocab, (n_prompts,), generator=generator)
     positions = {"members": (2, 4, 6), "last": (8,)}
     return Task("random", clean, None, answer, (answer + 7) % d_vocab, positions=positions)
+
+
+def task_for(model: HookedTransformer, seed: int) -> Task:
+    """A task that only the components can do.
+
+    The prompts end in one token, and each has as wrong answer the answer of the one before: what all prompts have in
+    common favours neither, so that nothing is left of the logit difference when everything is ablated.
+    """
+    prompts = random_prompts(seed, n_prompts=6)
+    assert prompts.corrupted is not None
+    clean, corrupted = prompts.clean.clone(), prompts.corrupted.clone()
+    clean[:, -1] = corrupted[:, -1] = 1
+    logits = model(clean)[:, -1]
+    lead = logits - logits.mean(0)
+    taken: list[int] = []
+    for row in lead:
+        taken.append(next(int(token) for token in row.argsort(descending=True) if int(token) not in taken))
+    answer = torch.tensor(taken)
+    return task_from_tokens(clean=clean, corrupted=corrupted, answer=answer, wrong=answer.roll(1))
 
 
 def relative_error(values: Tensor, reference: Tensor) -> float:

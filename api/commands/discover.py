@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -14,48 +14,80 @@ from subcircuit.options import (
     Direction,
     DtypeOption,
     Executor,
-    ExecutorOption,
     FilterOption,
-    FirstOption,
     JsonOption,
-    MaxSweepsOption,
     ModelOption,
     NOption,
     Precision,
-    PrecisionOption,
     QuietOption,
     SeedOption,
     TaskOption,
     TemplateOption,
-    ThresholdOption,
 )
 
 
 def discover(
     model: ModelOption,
     task: TaskOption,
-    method: Annotated[str, typer.Option(help="prune: the paper's iterative node pruning.")] = "prune",
+    method: Annotated[
+        str,
+        typer.Option(
+            help="Of nodes: prune (the paper's iterative pruning), masks (learned gates); of edges: acdc, eap, eap-ig."
+        ),
+    ] = "prune",
     n: NOption = 32,
     seed: SeedOption = 0,
     template: TemplateOption = "all",
     only_answered: FilterOption = False,
-    threshold: ThresholdOption = 20.0,
-    first: FirstOption = Direction.backward,
-    max_sweeps: MaxSweepsOption = None,
-    precision: PrecisionOption = Precision.fp32,
-    executor: ExecutorOption = Executor.torch,
+    threshold: Annotated[
+        float | None,
+        typer.Option(
+            help="Points of score that the circuit (prune, masks: 20) or each edge (acdc: 1) may lose; "
+            "eap: least score of an edge."
+        ),
+    ] = None,
+    n_edges: Annotated[int | None, typer.Option(min=1, help="Edges to take: eap, eap-ig.")] = None,
+    both_sides: Annotated[
+        bool, typer.Option("--both-sides", help="Keep what works against the answer too: prune, acdc, --edges.")
+    ] = False,
+    first: Annotated[Direction | None, typer.Option(help="Direction of the first pruning sweep: backward.")] = None,
+    max_sweeps: Annotated[int | None, typer.Option(min=1, help="At most so many pruning sweeps.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Of learning (masks: 200), of the path (eap-ig: 5).")] = None,
+    source: Annotated[
+        str | None, typer.Option(help="What is put in place: mean, corrupted (what eap starts from) or zero.")
+    ] = None,
+    edges: Annotated[bool, typer.Option("--edges", help="Prune the circuit's edges too, by path patching.")] = False,
+    edge_threshold: Annotated[
+        float, typer.Option(help="An edge stays if its patch leaves less than this share of the logit difference.")
+    ] = 0.8,
+    precision: Annotated[Precision | None, typer.Option(help="Of the products of differences: fp32.")] = None,
+    executor: Annotated[Executor | None, typer.Option(help="torch, triton (on a GPU) or reference.")] = None,
     dtype: DtypeOption = "float32",
     device: DeviceOption = "cpu",
     circuit_file: Annotated[
-        Path | None, typer.Option("--out", "-o", help="Write the circuit to this file: JSON, or Graphviz for .dot.")
+        Path | None,
+        typer.Option("--out", "-o", help="Write the circuit to this file: JSON, Graphviz (.dot) or a diagram (.svg)."),
     ] = None,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Find the circuit of one task by iterative pruning."""
+    """Find the circuit of one task: its heads and MLPs, or its edges."""
+    from subcircuit.analysis.circuit_figure import circuit_text
     from subcircuit.analysis.store import write_whole
     from subcircuit.analysis.study import suitable_threads
 
+    # Only what was asked for is passed on, so that a method can refuse what it does not take.
+    how = {"source": source, "precision": precision, "executor": executor}
+    asked = _given(
+        **how,
+        threshold=threshold,
+        n_edges=n_edges,
+        both_sides=both_sides or None,
+        first=first,
+        max_sweeps=max_sweeps,
+        steps=steps,
+        seed=seed if method == "masks" else None,
+    )
     loaded = sc.load(model, dtype=dtype, device=device)
     prompts = sc.task(task, loaded, n=n, seed=seed, template=template, filter=only_answered)
     with progress_bars(quiet) as progress, suitable_threads(loaded):
@@ -63,14 +95,29 @@ def discover(
             loaded,
             prompts,
             method,
-            threshold=threshold,
-            first=first.value,
-            max_sweeps=max_sweeps,
-            precision=precision.value,
-            executor=executor.value,
-            progress=lambda done, total: progress("pruning", done, total),
+            progress=lambda done, total: progress(_WHAT.get(method, "edges"), done, total),
+            **asked,
         )
+        if edges and not circuit.edges:
+            circuit = sc.prune_edges(
+                loaded,
+                prompts,
+                circuit,
+                edge_threshold,
+                both_sides=both_sides,
+                progress=lambda done, total: progress("paths", done, total),
+                **_given(**how),
+            )
     if circuit_file is not None:
-        text = circuit.to_dot() if circuit_file.suffix == ".dot" else circuit.to_json() + "\n"
+        text = circuit_text(circuit, circuit_file.suffix, loaded.config.group_size)
         write_whole(circuit_file, text.encode("utf-8"))
     print(circuit.to_json() if as_json else str(circuit))
+
+
+_WHAT = {"prune": "pruning", "masks": "learning"}
+
+
+def _given(**options: Any) -> dict[str, Any]:
+    """The options that have a value."""
+    values = {name: getattr(value, "value", value) for name, value in options.items()}
+    return {name: value for name, value in values.items() if value is not None}

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -28,10 +29,15 @@ from subcircuit.options import (
     QuietOption,
     SeedOption,
     SourceOption,
+    StepsOption,
+    SweepMethod,
     TaskOption,
     TemplateOption,
     bytes_of,
 )
+
+CALLED = 0.05
+"""False discovery rate at which a site is said to have an effect."""
 
 
 def sweep(
@@ -49,6 +55,14 @@ def sweep(
     only_answered: FilterOption = False,
     source: SourceOption = "corrupted",
     metric: MetricOption = Metric.logit_difference,
+    method: Annotated[
+        SweepMethod, typer.Option(help="exact patching, or to first order: atp, ig (integrated gradients), atp*.")
+    ] = SweepMethod.exact,
+    steps: StepsOption = 5,
+    screen: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="K", help="Only the K largest effects: ranked by gradients, verified exactly."),
+    ] = None,
     precision: PrecisionOption = Precision.fp32,
     executor: ExecutorOption = Executor.torch,
     dtype: DtypeOption = "float32",
@@ -64,65 +78,80 @@ def sweep(
     """Patch every component in turn and measure its effect on the logit difference, or on another metric."""
     from subcircuit.analysis.study import suitable_threads
 
-    where, budget_bytes = _positions(positions), bytes_of(budget)
+    if metric is not Metric.logit_difference and (method is not SweepMethod.exact or screen is not None):
+        raise typer.BadParameter("--metric needs the exact method: gradients are of the logit difference")
     loaded = sc.load(model, dtype=dtype, device=device)
     prompts = sc.task(task, loaded, n=n, seed=seed, template=template, filter=only_answered)
+    options: dict[str, Any] = {
+        "source": source,
+        "positions": _positions(positions),
+        "precision": precision.value,
+        "budget_bytes": bytes_of(budget),
+    }
     if dry_run:
         with suitable_threads(loaded):
-            plan = sc.plan(
-                loaded,
-                prompts,
-                components,
-                source=source,
-                positions=where,
-                executor=executor.value,
-                precision=precision.value,
-                budget_bytes=budget_bytes,
-            )
-        if as_json:
-            print(json.dumps(plan.as_dict()))
-        else:
-            _print_plan(plan)
+            plan = sc.plan(loaded, prompts, components, executor=executor.value, **options)
+        print(json.dumps(plan.as_dict())) if as_json else _print_plan(plan)
         return
+    screening = None
     with progress_bars(quiet) as progress, suitable_threads(loaded):
-        scores = sc.sweep(
-            loaded,
-            prompts,
-            components,
-            source=source,
-            positions=where,
-            executor=executor.value,
-            precision=precision.value,
-            metric=metric.value,
-            budget_bytes=budget_bytes,
-            check=check,
-            progress=lambda done, total: progress("sweep", done, total),
-        )
-    rows = scores.table()
+        options["progress"] = lambda done, total: progress("sweep", done, total)
+        if screen is not None:
+            ranked_by = "atp" if method is SweepMethod.exact else method.value
+            options |= {"method": ranked_by, "steps": steps, "executor": executor.value}
+            screening = sc.screen(loaded, prompts, components, k=screen, **options)
+            scores, top = screening.scores, screening.k
+        elif method is SweepMethod.exact:
+            options |= {"executor": executor.value, "metric": metric.value, "check": check}
+            scores = sc.sweep(loaded, prompts, components, **options)
+        else:
+            options |= {"method": method.value, "steps": steps}
+            scores = sc.gradient_scores(loaded, prompts, components, **options)
+    rows = _with_q_values(scores, seed)
     if csv_file is not None:
         write_csv(csv_file, rows)
     if as_json:
-        print(json.dumps({"settings": scores.settings, "sites": rows}))
-        _report_check(scores)
-        return
-    clean = float(scores.clean_metric.mean())
-    name = metric.value.replace("_", " ")
+        found = {} if screening is None else {"screening": screening.summary()}
+        print(json.dumps({"settings": scores.settings, **found, "sites": rows}))
+    else:
+        _print_scores(scores, screening, rows, top)
+        if csv_file is not None:
+            out.print(f"All sites: {csv_file}")
+    _report_check(scores)
+
+
+def _with_q_values(scores: sc.Scores, seed: int) -> list[dict[str, Any]]:
+    from subcircuit.analysis.baselines import cell_q_values
+
+    q_values = cell_q_values(scores, seed=seed).tolist()
+    return [row | {"q": None if math.isnan(q) else q} for row, q in zip(scores.table(), q_values, strict=True)]
+
+
+def _print_scores(scores: sc.Scores, screening: sc.Screening | None, rows: list[dict[str, Any]], top: int) -> None:
+    clean, name = float(scores.clean_metric.mean()), scores.metric.replace("_", " ")
     out.print(f"{len(rows)} sites × {scores.effects.shape[1]} prompts, clean {name} {clean:.3f}")
-    table = new_table("site", "effect", "± s.e.", "share")
+    if screening is not None:
+        out.print(
+            f"the {screening.k} largest effects, certain after {screening.n_exact} of {screening.n_sites} sites; "
+            f"rank agreement of {scores.settings['screened_by']}: {screening.rank_agreement:.2f}"
+        )
+    elif scores.settings["method"] != "exact patching":
+        out.print(f"effects to first order: {scores.settings['method']}")
+    table = new_table("site", "effect", "± s.e.", "share", "q")
     for row in sorted(rows, key=lambda row: -abs(row["effect"]))[:top]:
         share = "–" if row["share"] is None else f"{row['share']:+.1%}"
-        numbers = f"{row['effect']:+.3f}", f"{row['standard_error']:.3f}", share
-        table.add_row(row["site"], *numbers)
+        q = "–" if row["q"] is None else f"{row['q']:.2g}"
+        table.add_row(row["site"], f"{row['effect']:+.3f}", f"{row['standard_error']:.3f}", share, q)
     out.print(table)
-    if csv_file is not None:
-        out.print(f"All sites: {csv_file}")
-    if scores.settings["n_halvings"]:
+    if all(row["q"] is not None for row in rows):
+        n_called = sum(row["q"] <= CALLED for row in rows)
+        out.print(f"{n_called} of {len(rows)} sites have an effect, at a false discovery rate of {CALLED:.0%} (q)")
+    if scores.settings.get("n_halvings"):
         out.print(f"Memory ran out: chunks were halved {scores.settings['n_halvings']} times")
-    if check:
+    if "check" in scores.settings:
         from subcircuit.analysis.check import Check
 
         out.print(f"Check: {Check(**scores.settings['check'])}")
-    _report_check(scores)
 
 
 def _report_check(scores: sc.Scores) -> None:

@@ -309,22 +309,42 @@ class DeltaRun:
         self, layer: int, delta: Split, patches: Patches, at_z: Sequence[HookPatch], first: int, n_read: int
     ) -> tuple[Delta | None, Float[Tensor, "set prompt pos head d_head"] | None]:
         """δ entering a layer, in one piece, and δz with the patches there; None where only these make a difference."""
-        clean, weights, name = self.clean[layer], self.weights(layer).qkv, f"blocks.{layer}.attn"
+        resid, delta_qkv = self._delta_qkv(layer, delta, first, n_read)
+        return resid, self._attend(layer, delta_qkv, patches, at_z, n_read)
+
+    def _delta_qkv(
+        self, layer: int, delta: Split, first: int, n_read: int
+    ) -> tuple[Delta | None, tuple[Delta | None, Delta | None, Delta | None]]:
+        """δ entering a layer, in one piece, and what it makes of queries (at the last `n_read` positions), keys and
+        values."""
+        if _is_nothing(delta):
+            return None, (None, None, None)
+        clean, weights, norm = self.clean[layer], self.weights(layer).qkv, cast(Block, self.model.blocks[layer]).ln1
         n_q, n_kv = self.config.n_heads * self.config.d_head, self.config.kv_heads * self.config.d_head
-        resid = delta_q = delta_k = delta_v = None
-        if not _is_nothing(delta):
-            norm = cast(Block, self.model.blocks[layer]).ln1
-            resid, normed = self._norm_delta(clean.resid_pre[:, first:], clean.normed1[:, first:], delta, norm)
-            if n_read == normed.shape[2]:
-                delta_q, delta_k, delta_v = self._product(normed, weights).split((n_q, n_kv, n_kv), dim=-1)
-            else:
-                delta_q = self._product(normed[:, :, -n_read:], weights[:n_q])
-                delta_k, delta_v = self._product(normed, weights[n_q:]).split((n_kv, n_kv), dim=-1)
+        resid, normed = self._norm_delta(clean.resid_pre[:, first:], clean.normed1[:, first:], delta, norm)
+        if n_read == normed.shape[2]:
+            delta_q, delta_k, delta_v = self._product(normed, weights).split((n_q, n_kv, n_kv), dim=-1)
+        else:
+            delta_q = self._product(normed[:, :, -n_read:], weights[:n_q])
+            delta_k, delta_v = self._product(normed, weights[n_q:]).split((n_kv, n_kv), dim=-1)
+        return resid, (delta_q, delta_k, delta_v)
+
+    def _attend(
+        self,
+        layer: int,
+        delta_qkv: tuple[Delta | None, Delta | None, Delta | None],
+        patches: Patches,
+        at_z: Sequence[HookPatch],
+        n_read: int,
+    ) -> Float[Tensor, "set prompt pos head d_head"] | None:
+        """δz from δq, δk and δv, with the patches at all of them; None where only those at z make a difference."""
+        clean, name = self.clean[layer], f"blocks.{layer}.attn"
+        delta_q, delta_k, delta_v = delta_qkv
         delta_q = self._heads(patched(delta_q, patches.get(f"{name}.hook_q", ()), n_read))
         delta_k = self._heads(patched(delta_k, patches.get(f"{name}.hook_k", ())))
         delta_v = self._heads(patched(delta_v, patches.get(f"{name}.hook_v", ())))
         if delta_q is None and delta_k is None and delta_v is None:
-            return resid, None
+            return None
         fused = [(at.mask[:, -n_read:], at.delta[:, -n_read:]) for at in at_z]
         delta_z = attention_delta(
             clean.q[:, -n_read:],
@@ -341,7 +361,7 @@ class DeltaRun:
         )
         for patch in fused[1:]:
             delta_z = replace_heads(delta_z, patch)
-        return resid, delta_z
+        return delta_z
 
     def _mlp(self, layer: int, delta_mid: Split, patches: Patches, n_read: int) -> Split:
         """δ leaving a layer, from δ between its halves: what it was, and what the MLP adds."""

@@ -7,6 +7,9 @@ nodes and 32,491 edges, as in Hanna et al. 2024 (arXiv 2403.17806).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Literal
+
 from subcircuit.engine.config import ModelConfig
 from subcircuit.engine.errors import PatchError
 from subcircuit.engine.patching.sites import Component
@@ -68,3 +71,47 @@ def check_edge(edge: Edge, config: ModelConfig) -> None:
     sender, receiver = edge
     if sender not in senders_to(receiver, config):
         raise PatchError(f"edge '{sender}' -> '{receiver}' does not exist: no such sender below '{receiver}'")
+
+
+class EdgeIndex:
+    """A model's senders and receivers by place in forward order, for sets of edges as boolean matrices."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        self.config = config
+        self.senders, self.receivers = senders(config), receivers(config)
+        self.sender_at = {name: i for i, name in enumerate(self.senders)}
+        self.receiver_at = {name: i for i, name in enumerate(self.receivers)}
+        self._n_senders_to = [n_senders_to(name, config) for name in self.receivers]
+        self.sender_layers = [layer_of(name, config) for name in self.senders]
+        self.receiver_layers = [layer_of(name, config) for name in self.receivers]
+
+    def places(self, edges: Sequence[Edge]) -> tuple[list[int], list[int]]:
+        """Receivers and senders of edges, by place. Raises PatchError for an edge that the model does not have."""
+        rows = [self.receiver_at.get(receiver, -1) for _, receiver in edges]
+        columns = [self.sender_at.get(name, -1) for name, _ in edges]
+        for edge, row, column in zip(edges, rows, columns, strict=True):
+            if row < 0 or not 0 <= column < self._n_senders_to[row]:
+                check_edge(edge, self.config)
+        return rows, columns
+
+    def senders_in(self, layer: int, kind: Literal["resid", "z", "mlp"]) -> list[str]:
+        """A layer's heads (`z`) or MLP, or (`resid`) the embeddings."""
+        if kind == "resid":
+            return [INPUT]
+        indices = range(self.config.n_heads) if kind == "z" else [0]
+        return [str(Component(layer, kind, index)) for index in indices]
+
+    def receivers_in(self, layer: int) -> list[str]:
+        """A layer's queries, keys, values, and its MLP."""
+        return [name for name, at in zip(self.receivers, self.receiver_layers, strict=True) if at == layer]
+
+    def start(self, edge: Edge) -> int:
+        """The layer whose receivers an edge can change; the number of layers for the logits."""
+        return self.receiver_layers[self.places([edge])[0][0]]
+
+
+def layer_of(name: str, config: ModelConfig) -> int:
+    """The layer of a sender or receiver: 0 for `input`, the number of layers for `logits`."""
+    if name in (INPUT, LOGITS):
+        return 0 if name == INPUT else config.n_layers
+    return Component.parse(name).layer

@@ -51,7 +51,7 @@ class Sizes:
 
     def prompt(self, names: Mapping[SourceKey, Iterable[str]]) -> int:
         """One prompt's clean run, and what its patches read, given the hook points patched from each source."""
-        clean = self.config.n_layers * self.clean_layer()
+        clean = clean_bytes(self.config, self.n_pos, self.element_size)
         patched = {name for of_source in names.values() for name in of_source}
         apart = [name for name in patched if not name.endswith(_KEPT_ANYWAY)]
         clean += clean_readout_bytes(self.config, self.metric, self.element_size)
@@ -68,6 +68,11 @@ class Sizes:
             attention += e * (2 * n_q + 2 * n_kv + 2 * config.n_heads * self.n_pos)
             mlp += e * (2 if config.gated_mlp else 1) * config.d_mlp + e * config.d_model
         return max(attention, mlp)
+
+
+def clean_bytes(config: ModelConfig, n_pos: int, element_size: int) -> int:
+    """Bytes of one prompt's clean activations in all layers."""
+    return config.n_layers * Sizes(config, n_pos, element_size, element_size, fused=False).clean_layer()
 
 
 _KEPT_ANYWAY = ("attn.hook_z", "attn.hook_v", "hook_resid_pre", "mlp.hook_post")

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from subcircuit.engine.hooks import Hook
 from subcircuit.engine.model import HookedTransformer
-from subcircuit.engine.patching.answers import TokenSet, token_sets
+from subcircuit.engine.patching.answers import token_sets
 from subcircuit.engine.patching.metric import Metric, measure
 from subcircuit.engine.patching.sites import Patch, PatchSet, Source
 from subcircuit.engine.patching.sources import AlignedPrompts, PromptChunk, Sources
@@ -38,7 +38,7 @@ def reference_effects(
     n_done = 0
     for chunk in torch.arange(n_prompts).split(prompts_per_chunk):
         clean_logits = last_logits(model, prompts, chunk)
-        clean[chunk] = measure(clean_logits, clean_logits, *_answers(prompts, chunk), metric).to(dtype)
+        clean[chunk] = metric_of(clean_logits, clean_logits, prompts, chunk, metric).to(dtype)
         for i, patch_set in enumerate(patch_sets):
             row = patched_metric(model, prompts, chunk, patch_set, sources, metric, clean_logits)
             patched[i, chunk] = row.to(dtype)
@@ -62,10 +62,15 @@ def patched_metric(
 
     `clean_logits` are those of the clean run, or its log-probabilities; only `kl` needs them.
     """
-    n_pos = prompts.clean.shape[1]
-    hooks = [(patch.site.component.hook_name, _replace(model, patch, sources, chunk, n_pos)) for patch in patch_set]
-    logits = last_logits(model, prompts, chunk, hooks)
-    return measure(logits, clean_logits, *_answers(prompts, chunk), metric)
+    hooks = patch_hooks(model, patch_set, sources, chunk, prompts.clean.shape[1])
+    return metric_of(last_logits(model, prompts, chunk, hooks), clean_logits, prompts, chunk, metric)
+
+
+def patch_hooks(
+    model: HookedTransformer, patch_set: PatchSet, sources: Sources, chunk: PromptChunk, n_pos: int
+) -> list[Hook]:
+    """Hooks that put a patch set's source values in place, for a chunk of prompts."""
+    return [(patch.site.component.hook_name, _replace(model, patch, sources, chunk, n_pos)) for patch in patch_set]
 
 
 def last_logits(
@@ -76,9 +81,16 @@ def last_logits(
     return model.unembed_normed(resid[:, -1])
 
 
-def _answers(prompts: AlignedPrompts, chunk: PromptChunk) -> tuple[TokenSet, TokenSet]:
-    answers, wrongs = token_sets(prompts)
-    return answers[chunk], wrongs[chunk]
+def metric_of(
+    logits: Float[Tensor, "chunk d_vocab"],
+    clean_logits: Float[Tensor, "chunk d_vocab"] | None,
+    prompts: AlignedPrompts,
+    chunk: PromptChunk,
+    metric: Metric,
+) -> Float[Tensor, "chunk"]:
+    """A metric of a chunk of prompts from logits after their last positions."""
+    answers, wrongs = (tokens[chunk] for tokens in token_sets(prompts))
+    return measure(logits, clean_logits, answers, wrongs, metric)
 
 
 def _replace(

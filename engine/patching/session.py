@@ -17,7 +17,7 @@ from subcircuit.engine.errors import PatchError
 from subcircuit.engine.model import HookedTransformer
 from subcircuit.engine.patching.compile import Masks, compile_masks
 from subcircuit.engine.patching.delta import DeltaRun, Departures, LayerWeights
-from subcircuit.engine.patching.memory import Layout, Sizes, fits, halves
+from subcircuit.engine.patching.memory import Layout, Sizes, clean_bytes, fits, halves
 from subcircuit.engine.patching.metric import Metric, check_metric
 from subcircuit.engine.patching.plan import Chunk, Start, plan_chunks, start_of
 from subcircuit.engine.patching.reference import Progress, patched_metric, reference_effects
@@ -97,6 +97,8 @@ class DeltaSession:
     run where the model is, and for a single row that memory has no room for.
     """
 
+    _run_class = DeltaRun
+
     def __init__(
         self,
         model: HookedTransformer,
@@ -119,7 +121,7 @@ class DeltaSession:
                 f"executor 'triton' needs Triton and a GPU, and the model is on {model.device}; executor 'torch' runs "
                 "everywhere (TRITON_INTERPRET=1 in the environment runs Triton's kernels on a CPU, slowly)"
             )
-        product_dtype = _dtype(precision)
+        product_dtype = dtype_of(precision)
         compute_dtype = torch.float64 if product_dtype == torch.float64 else torch.float32
         self.model = in_dtype(model, compute_dtype)
         self.prompts, self._metric = prompts, metric
@@ -351,7 +353,7 @@ class DeltaSession:
             if run is not None or kept + len(prompts) > self._layout.prompts_kept:
                 self._runs.clear()  # what does not fit beside the others is made anew, what lacks a hook point too
                 self._sources.forget()
-            run = self._runs[id(prompts)] = DeltaRun(
+            run = self._runs[id(prompts)] = self._run_class(
                 self.model,
                 self._weights,
                 self._product_dtype,
@@ -439,10 +441,10 @@ def patch_effects(
     for patch_set in sets:
         for patch in patch_set:
             patch.site.component.check(model.config)
-    model = in_dtype(model, _dtype(precision))
+    model = in_dtype(model, dtype_of(precision))
     budget = default_budget(model.device) if budget_bytes is None else budget_bytes
     # A forward with hooks holds one layer and its sources; a quarter of the budget's prompts leave room for both.
-    chunk = max(1, budget // 4 // Sizes(model.config, prompts.clean.shape[1], 8, 8, fused=False).prompt({}))
+    chunk = max(1, budget // 4 // clean_bytes(model.config, prompts.clean.shape[1], 8))
     return Effects(*reference_effects(model, prompts, sets, source, chunk, progress, metric))
 
 
@@ -469,7 +471,8 @@ def _keep_freed_memory() -> None:
     torch.empty(31 * 2**20, dtype=torch.uint8)
 
 
-def _dtype(precision: str) -> torch.dtype:
+def dtype_of(precision: str) -> torch.dtype:
+    """A precision as torch knows it. Raises PatchError for one that does not exist."""
     if precision not in _DTYPES:
         raise PatchError(f"precision {precision!r} is not known; expected one of {', '.join(_DTYPES)}")
     return _DTYPES[precision]

@@ -18,7 +18,8 @@ def test_nodes_are_sorted_without_repetition_and_named_in_the_order_of_computati
     assert A.mlps == [0, 2]
     assert [str(node) for node in A.nodes] == ["a0.h1", "m0", "m2", "a4.h4"]
     assert len(A) == 4
-    assert str(A) == "2 heads (0.1 4.4), 2 MLPs (0 2)"
+    assert str(A) == "2 heads (0.1 4.4), 2 MLPs (0 2), 1 edge"
+    assert str(B) == "2 heads (4.4 5.0), 1 MLPs (2)"
     assert Circuit.of_nodes(["m2", "a4.h4"]).heads == [(4, 4)]
 
 

@@ -8,13 +8,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from patching_cases import CONFIGS, random_model, random_prompts
+from patching_cases import CONFIGS, random_model, task_for
 from subcircuit.analysis.circuit import Circuit
 from subcircuit.analysis.discover import discover
 from subcircuit.analysis.faithfulness import Ablation, node_drops, random_circuits, score
 from subcircuit.analysis.metrics import accuracy, kl_divergence, log_probability
 from subcircuit.analysis.tasks import task as build_task
-from subcircuit.analysis.tasks import task_from_tokens
 from subcircuit.engine.errors import PatchError, TaskError
 from subcircuit.weights.names import load
 
@@ -66,24 +65,6 @@ def sequential_pruning(model, task, threshold, first="backward", max_sweeps=None
             break
         direction = "forward" if direction == "backward" else "backward"
     return removed, 100 * metric(removed) / full, trace
-
-
-def task_for(model, seed):
-    """A task that only the components can do.
-
-    The prompts end in one token, and each has as wrong answer the answer of the one before: what all prompts have in
-    common favours neither, so that nothing is left of the logit difference when everything is ablated.
-    """
-    prompts = random_prompts(seed, n_prompts=6)
-    clean, corrupted = prompts.clean.clone(), prompts.corrupted.clone()
-    clean[:, -1] = corrupted[:, -1] = 1
-    logits = model(clean)[:, -1]
-    lead = logits - logits.mean(0)
-    taken: list[int] = []
-    for row in lead:
-        taken.append(next(int(token) for token in row.argsort(descending=True) if int(token) not in taken))
-    answer = torch.tensor(taken)
-    return task_from_tokens(clean=clean, corrupted=corrupted, answer=answer, wrong=answer.roll(1))
 
 
 @pytest.fixture(params=CONFIGS)

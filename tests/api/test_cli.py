@@ -126,6 +126,73 @@ def test_discover_writes_a_circuit_or_a_graph(run, tmp_path):
     assert (tmp_path / "c.dot").read_text().startswith("digraph")
 
 
+@pytest.mark.parametrize("method", ["atp", "ig", "atp*"])
+def test_a_sweep_to_first_order_says_by_which_method(run, method):
+    status, out, _ = run("sweep", *TINY, "--task", "months", "--method", method, "--top", 3)
+    assert status == 0
+    assert f"effects to first order: {method}" in out
+    status, out, _ = run("sweep", *TINY, "--task", "months", "--method", method, "--json", "--steps", 2)
+    made = json.loads(out)
+    assert (made["settings"]["method"], len(made["sites"])) == (method, 32)
+    assert made["settings"].get("steps") == (2 if method == "ig" else None)
+
+
+def test_a_screened_sweep_shows_the_largest_effects_and_what_they_took(run):
+    status, out, _ = run("sweep", *TINY, "--task", "months", "--components", "heads+mlps", "--screen", 3, "--json")
+    assert status == 0
+    screened = json.loads(out)
+    _, out, _ = run("sweep", *TINY, "--task", "months", "--components", "heads+mlps", "--json")
+    swept = json.loads(out)
+
+    def largest(found):
+        return [site["site"] for site in sorted(found["sites"], key=lambda site: -abs(site["effect"]))[:3]]
+
+    assert largest(screened) == largest(swept)
+    assert screened["screening"]["n_exact"] == len(screened["sites"]) <= screened["screening"]["n_sites"] == 36
+    status, out, _ = run("sweep", *TINY, "--task", "months", "--screen", 3, "--method", "ig")
+    assert "the 3 largest effects, certain after" in out
+    assert "rank agreement of ig" in out
+
+
+@pytest.mark.parametrize("method", ["eap", "eap-ig"])
+def test_discover_by_edge_attribution_writes_a_circuit_of_edges(run, tmp_path, method):
+    discover = ("discover", *TINY, "--task", "months", "--method", method, "--n-edges", 60, "--steps", 2, "--quiet")
+    status, out, err = run(*discover, "--out", tmp_path / "c.json", "--json")
+    assert (status, err) == (0, "")
+    circuit = json.loads(out)
+    assert 0 < len(circuit["edges"]) <= 60
+    assert (circuit["method"], circuit["settings"]["n_edges"]) == (method, 60)
+    assert json.loads((tmp_path / "c.json").read_text()) == circuit
+
+
+def test_discover_prunes_edges_or_starts_from_them(run, tmp_path):
+    arguments = ("discover", *TINY, "--task", "months", "--max-sweeps", 1, "--n", 4, "--quiet", "--edges")
+    status, out, err = run(*arguments, "--edge-threshold", 0.7, "--out", tmp_path / "c.svg", "--json")
+    assert (status, err) == (0, "")
+    circuit = json.loads(out)
+    assert circuit["settings"]["edges"]["threshold"] == 0.7
+    assert 0 < len(circuit["edges"]) == len(circuit["edge_scores"]) < circuit["settings"]["edges"]["n_candidates"]
+    assert ">months in tiny-gpt2<" in (tmp_path / "c.svg").read_text()
+    arguments = (
+        "discover",
+        *TINY,
+        "--task",
+        "months",
+        "--n",
+        2,
+        "--quiet",
+        "--method",
+        "acdc",
+        "--source",
+        "corrupted",
+    )
+    status, out, err = run(*arguments, "--threshold", 40, "--json")
+    assert (status, err) == (0, "")
+    circuit = json.loads(out)
+    assert (circuit["method"], circuit["settings"]["source"]) == ("acdc", "corrupted")
+    assert all(score >= 40 for _, _, score in circuit["edge_scores"])
+
+
 def test_generate_takes_prompts_as_words_or_as_options(run):
     prompt = "Ring lost in May. Van lost in June. Box lost in"
     for arguments in ((prompt,), ("--prompt", prompt)):
@@ -254,7 +321,12 @@ def test_bars_on_a_terminal_show_rate_and_time_left(monkeypatch):
         (("sweep", *TINY, "--task", "months", "--budget", "much"), "memory 'much'"),
         (("sweep", *TINY, "--task", "months", "--dry-run", "--executor", "reference"), "'reference' has no plan"),
         (("sweep", "--task", "months"), "--model"),
+        (("sweep", *TINY, "--task", "months", "--method", "guess"), "guess"),
+        (("sweep", *TINY, "--task", "months", "--method", "atp", "--precision", "bf16"), "'bf16' of gradients"),
+        (("sweep", *TINY, "--task", "months", "--screen", "0"), "screen"),
         (("discover", *TINY, "--task", "months", "--method", "guess"), "'guess' is not known"),
+        (("discover", *TINY, "--task", "months", "--method", "eap"), "n_edges None, threshold None"),
+        (("discover", *TINY, "--task", "months", "--method", "eap", "--n-edges", "99999"), "out of range"),
         (("discover", *TINY, "--task", "months", "--threshold", "-1"), "must be positive"),
         (("study", *TINY, "--out", "unused", "--tasks", "months,colours"), "'colours' is not known"),
         (("study", *TINY, "--out", "unused", "--tasks", ","), "at least one model and one task"),

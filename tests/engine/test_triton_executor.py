@@ -91,3 +91,16 @@ def test_where_triton_cannot_run_the_error_says_what_can(case, monkeypatch):
     monkeypatch.setattr(session_module, "triton_runs_on", lambda device: False)
     with pytest.raises(PatchError, match="executor 'torch' runs everywhere"):
         patch_effects(model, prompts, ["a0.h0"], executor="triton")
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_removed_edges_and_paths(case, precision):
+    model, prompts = case
+    edges = [("a0.h0", "a1.q1"), ("input", "a1.k1"), ("m0", "a1.v0"), ("a0.h3", "m0"), ("m1", "logits")]
+    sets = [*edges, edges]
+    reference = sc.edge_effects(model, prompts, sets, executor="reference", precision="fp64")
+    result = sc.edge_effects(model, prompts, sets, executor="triton", precision=precision)
+    assert relative_error(result.effects, reference.effects) < TOLERANCE[precision]
+    reference = sc.path_effects(model, prompts, edges, executor="reference", precision="fp64")
+    result = sc.path_effects(model, prompts, edges, executor="triton", precision=precision)
+    assert relative_error(result.effects, reference.effects) < TOLERANCE[precision]

@@ -1,0 +1,127 @@
+"""What a circuit's result is worth: random circuits like it, and the circuits of other tasks."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from subcircuit.analysis.circuit import Circuit
+from subcircuit.analysis.evaluation import Scale
+from subcircuit.analysis.faithfulness import Ablation, all_nodes, random_nodes
+from subcircuit.analysis.statistics import benjamini_hochberg, empirical_p, sign_flip_p
+from subcircuit.analysis.sweep import Scores
+from subcircuit.engine.errors import PatchError
+from subcircuit.engine.patching import Component
+
+Match = Literal["size", "layers"]
+ROWS_AT_ONCE = 64
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """A circuit beside random ones, in points of what there is to recover (`evaluation`)."""
+
+    recovered: float
+    """Of the circuit."""
+    random: Float[Tensor, " draw"]
+    """Of each random circuit."""
+    match: Match
+    n_distinct: int
+    """How many of the random circuits differ; few where there are few circuits like it."""
+
+    @property
+    def mean(self) -> float:
+        return float(self.random.mean())
+
+    @property
+    def least(self) -> float:
+        return float(self.random.min())
+
+    @property
+    def most(self) -> float:
+        return float(self.random.max())
+
+    @property
+    def middle(self) -> tuple[float, float]:
+        """Between which 95 % of the random circuits lie."""
+        low, high = self.random.quantile(torch.tensor([0.025, 0.975], dtype=self.random.dtype)).tolist()
+        return low, high
+
+    @property
+    def p(self) -> float:
+        """How likely a random circuit does at least as well, the circuit itself counted among them."""
+        return empirical_p(self.recovered, self.random)
+
+    def to_dict(self) -> dict[str, object]:
+        """Plain values for JSON."""
+        low, high = self.middle
+        return {
+            "match": self.match,
+            "n": len(self.random),
+            "n_distinct": self.n_distinct,
+            "recovered": self.recovered,
+            "mean": self.mean,
+            "min": self.least,
+            "max": self.most,
+            "low": low,
+            "high": high,
+            "p": self.p,
+        }
+
+
+def random_baseline(
+    ablation: Ablation,
+    circuit: Circuit,
+    n: int = 1000,
+    *,
+    match: Match = "size",
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> Baseline:
+    """The circuit beside n random ones: `match="size"` with as many heads and as many MLPs, `"layers"` with as many
+    heads in each layer and the same MLPs. A circuit drawn twice is evaluated once and counts twice.
+
+    Raises PatchError for another match, no draws, or when there is nothing to recover.
+    """
+    if match not in get_args(Match) or n < 1:
+        raise PatchError(
+            f"{n} random circuits matched by {match!r}; expected at least 1, matched by 'size' or 'layers'"
+        )
+    config, rng = ablation.model.config, random.Random(seed)
+    drawn = [frozenset(random_nodes(config, circuit, rng, match)) for _ in range(n)]
+    distinct = list(dict.fromkeys(drawn))
+    ends = ablation.kept_values([all_nodes(config), (), circuit.nodes]).mean(1)
+    scale = Scale(ends[:1], ends[1:2])
+    means = torch.cat([part.mean(1) for part in _evaluated(ablation, distinct, progress)])
+    points = 100 * (means - ends[1]) / scale.width
+    place = {nodes: i for i, nodes in enumerate(distinct)}
+    recovered = float(100 * (ends[2] - ends[1]) / scale.width)
+    return Baseline(recovered, points[[place[nodes] for nodes in drawn]], match, len(distinct))
+
+
+def _evaluated(
+    ablation: Ablation, circuits: list[frozenset[Component]], progress: Callable[[int, int], None] | None
+) -> list[Float[Tensor, "set prompt"]]:
+    values = []
+    for first in range(0, len(circuits), ROWS_AT_ONCE):
+        values.append(ablation.kept_values(circuits[first : first + ROWS_AT_ONCE]))
+        if progress is not None:
+            progress(min(first + ROWS_AT_ONCE, len(circuits)), len(circuits))
+    return values
+
+
+def cell_q_values(scores: Scores, *, seed: int = 0) -> Float[Tensor, " site"]:
+    """q-value of every site of a sweep: sign-flip tests over prompts, corrected for how many sites there are.
+
+    Which sites with q ≤ 0.05 have an effect is wrong for 5 % of them on average (`statistics.benjamini_hochberg`). With
+    fewer than about ten prompts no p can be small, and so no q. NaN for `kl`, which has no sign to flip.
+    """
+    if scores.metric == "kl":
+        return torch.full((len(scores.sites),), float("nan"), dtype=torch.float64)
+    return benjamini_hochberg(sign_flip_p(scores.effects, seed=seed))

@@ -1,0 +1,176 @@
+"""A circuit as a diagram: heads with their query, key and value inputs, MLPs, and the edges between, as SVG text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.patches import Circle, FancyBboxPatch, PathPatch
+from matplotlib.path import Path
+
+from subcircuit.analysis.circuit import Circuit
+from subcircuit.analysis.figures import _STYLE, BAND, FAINT, INK, PALETTE, SOFT, _boxed, _svg, words
+from subcircuit.engine.patching import Component
+from subcircuit.engine.patching.graph import INPUT, LOGITS, Edge
+
+COLOURS = {"q": PALETTE[0], "k": PALETTE[1], "v": PALETTE[2], "mlp": SOFT}
+"""Of an edge, by what it leads to; the logits count with the MLPs."""
+LEGEND = {"q": "query", "k": "key", "v": "value", "mlp": "MLP or logits"}
+
+Place = tuple[float, float]
+UNIT = 0.62
+"""Inches between the middles of two heads of a layer."""
+WIDTH, HEIGHT = 0.78, 0.36
+"""Of a box, in these units."""
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """Where everything stands, one unit per head and per layer with nodes; the first layer is at the bottom."""
+
+    nodes: dict[str, Place]
+    width: float
+    height: float
+
+    @classmethod
+    def of(cls, circuit: Circuit) -> _Layout:
+        layers = sorted({node.layer for node in circuit.nodes})
+        most = max((sum(at == layer for at, _ in circuit.heads) for layer in layers), default=1)
+        nodes: dict[str, Place] = {}
+        for row, layer in enumerate(layers, start=1):
+            heads = [node for node in circuit.nodes if node.layer == layer and node.kind == "z"]
+            left = (most - len(heads)) / 2
+            nodes |= {str(head): (left + i + 0.5, 1.25 * row) for i, head in enumerate(heads)}
+            if layer in circuit.mlps:
+                # Above its layer's heads, which it reads.
+                nodes[f"m{layer}"] = most + 0.9, 1.25 * row + 0.5
+        height = 1.25 * (len(layers) + 1) + 0.35
+        middle = (most + 1.4) / 2
+        return cls({INPUT: (middle, 0.0), LOGITS: (middle, height), **nodes}, most + 1.9, height)
+
+
+def circuit_figure(circuit: Circuit, title: str, group_size: int = 1) -> str:
+    """A circuit's nodes by layer, from the embeddings at the bottom to the logits, and its edges.
+
+    An edge has the colour of the input it leads to, and the width of its score where the circuit has one; it is dashed
+    where that is negative. Nodes without an edge are faint. `group_size` is the number of heads that share a key.
+    """
+    layout = _Layout.of(circuit)
+    joined = {name for edge in circuit.edges for name in _ends(circuit, edge, group_size)}
+    with mpl.rc_context(_STYLE):
+        size = UNIT * layout.width, UNIT * (layout.height + 0.6)
+        figure, axes = _boxed(max(size[0], 3.6), size[1], title, 0.8, 0.2, 0.45)
+        spare = max(0.0, 3.6 / UNIT - layout.width) / 2
+        axes.set(xlim=(-spare, layout.width + spare), ylim=(-0.3, layout.height + 0.3), xticks=[])
+        axes.set_yticks(*_layer_ticks(circuit, layout))
+        _draw_edges(axes, circuit, layout, group_size)
+        for name, place in layout.nodes.items():
+            if name in joined or name not in (INPUT, LOGITS):
+                _draw_node(axes, name, place, name in joined or not circuit.edges)
+        _draw_inputs(axes, circuit, layout, group_size)
+        for i, (kind, word) in enumerate(LEGEND.items()):
+            x, y = (0.45 + 0.75 * i) / figure.get_figwidth(), 0.18 / figure.get_figheight()
+            figure.text(x, y, f"— {word}", color=COLOURS[kind], va="center", fontsize=8.5, fontweight="bold")
+        return _svg(figure)
+
+
+def circuit_text(circuit: Circuit, suffix: str, group_size: int = 1) -> str:
+    """A circuit as a file of this suffix holds it: a diagram (`.svg`), Graphviz (`.dot`), else JSON."""
+    if suffix == ".svg":
+        return circuit_figure(circuit, f"{words(circuit.task)} in {circuit.model}", group_size)
+    return circuit.to_dot(group_size) if suffix == ".dot" else circuit.to_json() + "\n"
+
+
+def _layer_ticks(circuit: Circuit, layout: _Layout) -> tuple[list[float], list[str]]:
+    heights = {node.layer: 0.0 for node in circuit.nodes}
+    for row, layer in enumerate(heights, start=1):
+        heights[layer] = 1.25 * row
+    return list(heights.values()), [f"layer {layer}" for layer in heights]
+
+
+def _ends(circuit: Circuit, edge: Edge, group_size: int) -> Iterator[str]:
+    """The nodes that an edge joins: its sender, and what its receiver belongs to."""
+    sender, receiver = edge
+    yield sender
+    if receiver.startswith("a"):
+        yield from map(str, circuit.readers(receiver, group_size))
+    else:
+        yield receiver
+
+
+def _draw_edges(axes: Axes, circuit: Circuit, layout: _Layout, group_size: int) -> None:
+    """Strong edges above weak ones."""
+    scores = circuit.edge_scores
+    most = max(map(abs, scores.values()), default=0.0) or 1.0
+    for edge in sorted(circuit.edges, key=lambda edge: abs(scores.get(edge, 0.0))):
+        sender, *readers = _ends(circuit, edge, group_size)
+        kind = Component.parse(edge[1]).kind if edge[1] != LOGITS else "mlp"
+        for reader in readers:
+            start, end = layout.nodes[sender], layout.nodes[reader]
+            start, end = (start[0], start[1] + HEIGHT / 2), (end[0] + _port(kind), end[1] - HEIGHT / 2)
+            share = abs(scores[edge]) / most if edge in scores else 0.3
+            style = "--" if scores.get(edge, 0.0) < 0 else "-"
+            axes.add_patch(
+                PathPatch(
+                    _curve(start, end),
+                    facecolor="none",
+                    edgecolor=COLOURS[kind],
+                    linewidth=0.5 + 3 * share,
+                    alpha=0.45 + 0.45 * share,
+                    linestyle=style,
+                    zorder=1,
+                )
+            )
+
+
+def _draw_inputs(axes: Axes, circuit: Circuit, layout: _Layout, group_size: int) -> None:
+    """The queries, keys and values into which edges lead."""
+    for receiver in sorted({receiver for _, receiver in circuit.edges if receiver.startswith("a")}):
+        kind = Component.parse(receiver).kind
+        for reader in circuit.readers(receiver, group_size):
+            x, y = layout.nodes[str(reader)]
+            at = x + _port(kind), y - HEIGHT / 2
+            axes.add_patch(Circle(at, 0.1, facecolor=COLOURS[kind], edgecolor="white", linewidth=0.6, zorder=4))
+            axes.text(*at, kind, ha="center", va="center_baseline", fontsize=6, color="white", zorder=5)
+
+
+def _port(kind: str) -> float:
+    """How far from the middle of its box an input is drawn."""
+    return {"q": -WIDTH / 3.2, "k": 0.0, "v": WIDTH / 3.2, "mlp": 0.0}[kind]
+
+
+def _curve(start: Place, end: Place) -> Path:
+    """Up out of one box, up into the other; to the right of the boxes between, where they stand in one column."""
+    rise = max(end[1] - start[1], 0.3)
+    bend = 0.45 * rise
+    aside = 0.3 * rise**0.5 if abs(end[0] - start[0]) < 0.05 and rise > 1 else 0.0
+    points = [start, (start[0] + aside, start[1] + bend), (end[0] + aside, end[1] - bend), end]
+    return Path(points, [Path.MOVETO, Path.CURVE4, Path.CURVE4, Path.CURVE4])
+
+
+def _draw_node(axes: Axes, name: str, place: Place, joined: bool) -> None:
+    width = WIDTH * (1.3 if name in (INPUT, LOGITS) else 1)
+    corner = place[0] - width / 2, place[1] - HEIGHT / 2
+    box = FancyBboxPatch(
+        corner,
+        width,
+        HEIGHT,
+        boxstyle="round,pad=0,rounding_size=0.1",
+        facecolor=BAND if joined else "white",
+        edgecolor=INK if joined else FAINT,
+        linewidth=0.8,
+        zorder=2,
+    )
+    axes.add_patch(box)
+    ink = INK if joined else SOFT
+    axes.text(*place, _label(name), ha="center", va="center", fontsize=8, color=ink, zorder=3)
+
+
+def _label(name: str) -> str:
+    """`4.4` for a head, `MLP 3`, or the name itself."""
+    if name in (INPUT, LOGITS):
+        return name
+    part = Component.parse(name)
+    return f"{part.layer}.{part.index}" if part.kind == "z" else f"MLP {part.layer}"

@@ -1,0 +1,111 @@
+"""Path patching in delta form: a sender's source value makes its way to one receiver, and that receiver's value on.
+
+Wang et al. 2022 (arXiv 2211.00593), Goldowsky-Dill et al. 2023 (arXiv 2304.05969). The senders travel up the residual
+stream side by side, each as the change that its source value makes there while what is frozen stays as it was; a
+receiver that is asked for takes the change of its senders as they pass, and runs on from there with everything
+recomputed. So one journey per sender serves all receivers above it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from subcircuit.engine.patching.edge_delta import EdgeRun, Pairs, SenderKind, Unchanged
+from subcircuit.engine.patching.graph import LOGITS, Edge, EdgeIndex
+from subcircuit.engine.patching.sites import PatchSet
+
+Freeze = Literal["heads", "heads+mlps", "none"]
+Changes = Float[Tensor, "sender prompt pos d_model"]
+
+
+class Paths(Unchanged):
+    """Rows in each of which one receiver reads a given change beside the residual stream."""
+
+    def __init__(self, receivers: Sequence[str], changes: Changes) -> None:
+        self.n_sets = len(receivers)
+        self._receivers, self._changes = receivers, changes
+
+    def at(self, receivers: Sequence[str], n_read: int) -> tuple[Pairs, Changes] | None:  # type: ignore[override]
+        pairs = [(row, name) for name in receivers for row, mine in enumerate(self._receivers) if mine == name]
+        return (pairs, self._changes[[row for row, _ in pairs], :, -n_read:]) if pairs else None
+
+
+class Travellers:
+    """Senders on their way up, each with the change that it has made so far."""
+
+    def __init__(self, changes: Changes, max_rows: int) -> None:
+        self._at: dict[str, int] = {}
+        self._changes, self._max_rows = changes, max_rows
+
+    def board(self, names: Sequence[str], changes: Changes) -> None:
+        self._at |= {name: len(self._at) + i for i, name in enumerate(names)}
+        self._changes = torch.cat((self._changes[:, :, -changes.shape[2] :], changes))
+
+    def of(self, names: Iterable[str]) -> Changes:
+        return self._changes[[self._at[name] for name in names]]
+
+    def move(self, step: Callable[[Changes], Changes]) -> None:
+        """Let every change become what `step` makes of it."""
+        if self._at:
+            self._changes = torch.cat([step(part) for part in self._changes.split(self._max_rows)])
+
+
+def run_paths(
+    run: EdgeRun, edges: Sequence[Edge], freeze: Freeze, base: PatchSet, first: int, max_rows: int
+) -> Float[Tensor, "edge prompt"]:
+    """Effects of each sender's source value reaching its receiver alone, on top of the patches of `base`."""
+    index = EdgeIndex(run.config)
+    wanted = {name for name, _ in edges}
+    effects = run.final.new_zeros(len(edges), run.n_prompts)
+    travellers = Travellers(run.sender_changes([], base, first), max_rows)
+
+    def board(layer: int, kind: SenderKind) -> None:
+        names = [name for name in index.senders_in(layer, kind) if name in wanted]
+        n_written = run.n_written(layer, kind, first)
+        travellers.board(names, run.sender_changes(names, base, first, n_written))
+
+    def arrive(layer: int, receivers: Sequence[str]) -> None:
+        asked = [i for i, (_, receiver) in enumerate(edges) if receiver in receivers]
+        for start in range(0, len(asked), max_rows):
+            indices = asked[start : start + max_rows]
+            rows = Paths([edges[i][1] for i in indices], travellers.of(edges[i][0] for i in indices))
+            effects[indices] = run.climb(rows, [base], base, layer, first)
+
+    board(0, "resid")
+    for layer in range(run.config.n_layers):
+        *of_heads, mlp = index.receivers_in(layer)
+        arrive(layer, of_heads)
+        if freeze == "none":
+            travellers.move(partial(_past_heads, run, layer, base, first))
+        board(layer, "z")
+        arrive(layer, [mlp])
+        if freeze != "heads+mlps":
+            travellers.move(partial(_past_mlp, run, layer, base, first))
+        board(layer, "mlp")
+    arrive(run.config.n_layers, [LOGITS])
+    return effects
+
+
+def _past_heads(run: EdgeRun, layer: int, base: PatchSet, first: int, changes: Changes) -> Changes:
+    """Changes between a layer's halves, its heads recomputed."""
+    before = run.base_layers(base, first)[layer]
+    after = run.through_heads(layer, _plus(changes, before.resid_pre), base, first)
+    return after if before.resid_mid is None else after - before.resid_mid
+
+
+def _past_mlp(run: EdgeRun, layer: int, base: PatchSet, first: int, changes: Changes) -> Changes:
+    """Changes leaving a layer, its MLP recomputed."""
+    before = run.base_layers(base, first)[layer]
+    out = run.through_mlp(layer, _plus(changes, before.resid_mid), base, first)
+    after = changes if out is None else changes + out
+    return after if before.mlp_out is None else after - before.mlp_out
+
+
+def _plus(changes: Changes, delta: Tensor | None) -> Changes:
+    return changes if delta is None else changes + delta

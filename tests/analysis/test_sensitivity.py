@@ -1,0 +1,135 @@
+"""One circuit under many conventions, each against forwards one at a time."""
+
+from __future__ import annotations
+
+import json
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+
+from circuit_cases import answered_task, random_circuit, reference_ablation
+from patching_cases import CONFIGS, random_model
+from subcircuit.analysis.circuit import Circuit
+from subcircuit.analysis.evaluation import leave_out
+from subcircuit.analysis.faithfulness import all_nodes, random_nodes
+from subcircuit.analysis.sensitivity import CONCLUSIONS, RANK_AGREES, scope_positions, sensitivity
+from subcircuit.analysis.statistics import rank_correlation
+from subcircuit.engine.errors import PatchError
+
+SEED = random.randrange(10**6)
+
+
+@pytest.fixture(params=CONFIGS)
+def case(request):
+    print(f"seed {SEED}")
+    model = random_model(CONFIGS[request.param], SEED).double()
+    task = replace(answered_task(model, SEED + 1), positions={"members": (3, 4, 6)})
+    return model, task, random_circuit(model.config, SEED + 2)
+
+
+def test_every_convention_is_what_single_forwards_give(case):
+    model, task, circuit = case
+    options = {"threshold": 30, "n_random": 3, "n_resamples": 40, "seed": SEED}
+    found = sensitivity(model, {"a": task}, circuit, scopes=("all", "members"), **options)
+    answers_some = bool((model(task.clean)[:, -1].argmax(-1) == task.answer).any())
+    assert len(found.outcomes) == 3 * 2 * (4 if answers_some else 3)
+    assert len(found.notes) == (not answers_some)
+    everything, nodes = all_nodes(model.config), circuit.nodes
+    rng = random.Random(SEED)
+    draws = [random_nodes(model.config, circuit, rng, "size") for _ in range(3)]
+    first = None
+    for outcome in found.outcomes:
+        convention = outcome.convention
+        where = {"all": None, "members": (3, 4, 6)}
+        slow = reference_ablation(
+            model, task, source=convention.source, metric=convention.metric, positions=where[convention.scope]
+        )
+
+        def mean(kept, slow=slow):
+            return float(slow.kept_values([kept])[0].mean())
+
+        full, nothing, alone = mean(everything), mean([]), mean(nodes)
+        assert outcome.at_stake == pytest.approx(full - nothing, abs=1e-5)
+        if outcome.recovered is None:
+            assert set(outcome.holds.values()) == {None}
+            continue
+        width = (full - nothing) / 100
+        assert width < 0 if convention.metric == "kl" else width > 0
+        recovered = (alone - nothing) / width
+        drops = torch.tensor([(alone - mean(leave_out(nodes, [node]))) / width for node in nodes])
+        others = [(mean(draw) - nothing) / width for draw in draws]
+        first = drops if first is None else first
+        # the fast executor computes in float32
+        assert outcome.recovered[0] == pytest.approx(recovered, rel=1e-3, abs=0.01)
+        assert outcome.random_most == pytest.approx(max(others), rel=1e-3, abs=0.01)
+        assert outcome.least_drop[1] == pytest.approx(float(drops.min()), rel=1e-3, abs=0.01)
+        if abs(recovered - 70) > 0.1:
+            assert outcome.holds["recovers"] == (recovered >= 70)
+        if min(abs(recovered - other) for other in others) > 0.1 or convention.metric == "accuracy":
+            assert outcome.holds["beats random"] == (recovered > max(others) + 1e-9)
+        if float(drops.abs().min()) > 0.1:
+            assert outcome.holds["all matter"] == bool((drops > 0).all())
+        rho = float(rank_correlation(drops, first))
+        if convention.metric != "accuracy" and abs(rho - RANK_AGREES) > 0.05:
+            assert outcome.holds["same ranking"] == (rho >= RANK_AGREES)
+
+
+def test_the_whole_model_recovers_all_under_every_convention(case):
+    model, task, _ = case
+    everything = Circuit.of_nodes(all_nodes(model.config))
+    found = sensitivity(model, {"a": task}, everything, metrics=("kl", "log_probability"), n_random=0, n_resamples=20)
+    concluded = [outcome for outcome in found.outcomes if outcome.recovered is not None]
+    assert concluded
+    for outcome in concluded:
+        assert outcome.recovered == pytest.approx((100, 100, 100))
+        assert outcome.holds["recovers"] is True
+        assert outcome.resamples["recovers"] == 1
+        assert outcome.holds["beats random"] is None
+    assert found.survival()["recovers"] == (len(concluded), len(concluded))
+    assert "recovers" in found.surviving()
+    assert "beats random" not in found.surviving()
+
+
+def test_survival_is_counted_by_every_choice(case):
+    model, task, circuit = case
+    tasks = {"a": task, "b": task.subset([0, 2, 3, 5])}
+    found = sensitivity(model, tasks, circuit, sources=("mean", "zero"), metrics=("kl",), scopes=("all",), n_random=2)
+    assert [outcome.convention.prompts for outcome in found.outcomes] == ["a", "a", "b", "b"]
+    for conclusion in CONCLUSIONS:
+        for choice in ("source", "prompts", "scope", "metric"):
+            groups = [counts[conclusion] for counts in found.survival_by(choice).values()]
+            assert tuple(map(sum, zip(*groups, strict=True))) == found.survival()[conclusion]
+    first = next(outcome for outcome in found.outcomes if outcome.recovered is not None)
+    assert first.rank_correlation == pytest.approx(1)
+    plain = json.loads(json.dumps(found.to_dict(), allow_nan=False))
+    assert plain["survival"]["recovers"] == list(found.survival()["recovers"])
+
+
+def test_what_a_task_lacks_is_left_out_with_a_note(case):
+    model, task, circuit = case
+    bare = replace(task, corrupted=None, positions={})
+    found = sensitivity(model, {"a": bare}, circuit, metrics=("kl",), n_random=0, n_resamples=20)
+    kept = {(outcome.convention.source, outcome.convention.scope) for outcome in found.outcomes}
+    assert kept == {(source, scope) for source in ("mean", "zero") for scope in ("all", "last")}
+    assert any("'corrupted'" in note for note in found.notes)
+    assert any("scope 'members' is none of task" in note for note in found.notes)
+    with pytest.raises(PatchError, match="no convention is left"):
+        sensitivity(model, {"a": bare}, circuit, sources=("corrupted",))
+    with pytest.raises(PatchError, match="metric 'bleu'"):
+        sensitivity(model, {"a": bare}, circuit, metrics=("bleu",))
+    with pytest.raises(PatchError, match="source 'noise' is not known"):
+        sensitivity(model, {"a": bare}, circuit, sources=("noise",))
+    with pytest.raises(PatchError, match="a circuit without nodes"):
+        sensitivity(model, {"a": bare}, Circuit([], []))
+
+
+def test_scopes_are_positions(case):
+    _, task, _ = case
+    assert scope_positions(task, "all") is None
+    assert scope_positions(task, "from_difference") == tuple(range(task.first_difference, task.pos))
+    assert scope_positions(task, "last") == (8,)
+    assert scope_positions(task, "members") == (3, 4, 6)
+    with pytest.raises(PatchError, match="it has all, from_difference, last, members"):
+        scope_positions(task, "words")

@@ -1,0 +1,106 @@
+"""The commands that judge and compare circuits, as a person meets them."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+
+from subcircuit import cli
+from subcircuit.analysis.circuit import Circuit
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Run a command in this process: (exit status, standard output, standard error)."""
+
+    def command(*arguments):
+        monkeypatch.setattr(sys, "argv", ["subcircuit", *map(str, arguments)])
+        status = 0
+        try:
+            cli.main()
+        except SystemExit as end:
+            status = end.code or 0
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    return command
+
+
+@pytest.fixture
+def files(tmp_path):
+    """Two circuits of the bundled model, one of which does not say so."""
+    Circuit([(0, 1), (0, 6), (1, 6)], [0, 1, 2, 3], model="tiny-gpt2").save(tmp_path / "a.json")
+    Circuit([(0, 1), (1, 3)], [0, 2, 3]).save(tmp_path / "b.json")
+    return tmp_path / "a.json", tmp_path / "b.json"
+
+
+TINY = ("--model", "tiny-gpt2", "--task", "months", "--n", 4)
+
+
+def test_compare_says_what_chance_gives_and_scores_circuits(run, files, tmp_path):
+    arguments = ("compare", *files, "--model", "tiny-gpt2", "--figure", tmp_path / "overlap.svg")
+    status, out, err = run(*arguments, "--task", "months", "--n", 4)
+    assert (status, err) == (0, "")
+    assert "by chance" in out
+    assert "shared by all" in out
+    assert (tmp_path / "overlap.svg").read_text().startswith("<svg")
+    found = json.loads(run(*arguments, "--task", "months", "--n", 4, "--json")[1])
+    heads = found["pairs"][0]["overlaps"][1]
+    assert (heads["kind"], heads["n_all"], heads["n_a"], heads["n_b"], heads["n_both"]) == ("heads", 32, 3, 2, 1)
+    assert set(found["scored"]["months"]) == {"a", "b", "shared by all", "union"}
+    low, high = found["scored"]["months"]["a"][1:]
+    assert low <= found["scored"]["months"]["a"][0] <= high
+
+
+def test_a_circuit_without_a_model_needs_one(run, files):
+    status, _, err = run("compare", *files)
+    assert (status, err) == (
+        2,
+        "error: Invalid value: circuit 'b' does not say of which model it is; expected --model\n",
+    )
+    assert run("compare", files[0])[2] == "error: 1 circuits cannot be compared; expected at least two\n"
+    status, _, err = run("compare", files[0], "missing.json")
+    assert status == 2
+    assert "missing.json" in err
+
+
+def test_faithfulness_judges_a_circuit(run, files, tmp_path):
+    arguments = (
+        "faithfulness",
+        *TINY,
+        "--circuit",
+        files[0],
+        "--random",
+        5,
+        "--knockouts",
+        2,
+        "--greedy",
+        1,
+        "--quiet",
+    )
+    status, out, err = run(*arguments, "--figure", tmp_path / "curve.svg")
+    assert (status, err) == (0, "")
+    assert "CPR" in out
+    assert "5 random circuits alike in size" in out
+    assert (tmp_path / "curve.svg").read_text().startswith("<svg")
+    found = json.loads(run(*arguments, "--json", "--metric", "kl")[1])
+    assert 0 < found["score"][0] < 100
+    assert len(found["completeness"]) == 3
+    assert len(found["values"]["circuit"]) == 4
+    assert found["random"]["n"] == 5
+    assert run(*arguments, "--match", "colour")[0] == 2
+
+
+def test_sensitivity_tells_what_survives(run, files):
+    narrow = ("--metrics", "kl,logit_difference", "--scopes", "all,nowhere", "--seeds", 1, "--random", 3, "--quiet")
+    status, out, err = run("sensitivity", *TINY, "--circuit", files[0], *narrow)
+    assert (status, err) == (0, "")
+    assert "Survives all:" in out
+    assert "Left out: scope 'nowhere' is none of task" in out
+    found = json.loads(run("sensitivity", *TINY, "--circuit", files[0], *narrow, "--json")[1])
+    assert len(found["outcomes"]) == 6
+    assert set(found["survival"]) == {"recovers", "beats random", "all matter", "same ranking"}
+    status, _, err = run("sensitivity", *TINY, "--circuit", files[0], "--metrics", "bleu")
+    assert (status, err.startswith("error: metric 'bleu' is not known")) == (2, True)
