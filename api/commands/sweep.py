@@ -34,6 +34,7 @@ from subcircuit.options import (
     TaskOption,
     TemplateOption,
     bytes_of,
+    positions_of,
 )
 
 CALLED = 0.05
@@ -84,7 +85,7 @@ def sweep(
     prompts = sc.task(task, loaded, n=n, seed=seed, template=template, filter=only_answered)
     options: dict[str, Any] = {
         "source": source,
-        "positions": _positions(positions),
+        "positions": positions_of(positions),
         "precision": precision.value,
         "budget_bytes": bytes_of(budget),
     }
@@ -187,12 +188,3 @@ def _print_plan(plan: sc.Plan) -> None:
 
 def _flops(n: int) -> str:
     return f"{n / 1e9:,.2f} GFLOP"
-
-
-def _positions(text: str | None) -> str | list[int] | None:
-    if text is None or text == "each":
-        return text
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise typer.BadParameter(f"positions {text!r}: expected integers joined by commas, or 'each'") from None
