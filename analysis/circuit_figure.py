@@ -11,7 +11,7 @@ from matplotlib.patches import Circle, FancyBboxPatch, PathPatch
 from matplotlib.path import Path
 
 from subcircuit.analysis.circuit import Circuit
-from subcircuit.analysis.figures import _STYLE, BAND, FAINT, INK, PALETTE, SOFT, _boxed, _svg, words
+from subcircuit.analysis.drawing import BAND, FAINT, INK, PALETTE, SOFT, STYLE, boxed, svg_text, words
 from subcircuit.engine.patching import Component
 from subcircuit.engine.patching.graph import INPUT, LOGITS, Edge
 
@@ -59,9 +59,9 @@ def circuit_figure(circuit: Circuit, title: str, group_size: int = 1) -> str:
     """
     layout = _Layout.of(circuit)
     joined = {name for edge in circuit.edges for name in _ends(circuit, edge, group_size)}
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         size = UNIT * layout.width, UNIT * (layout.height + 0.6)
-        figure, axes = _boxed(max(size[0], 3.6), size[1], title, 0.8, 0.2, 0.45)
+        figure, axes = boxed(max(size[0], 3.6), size[1], title, 0.8, 0.2, 0.45)
         spare = max(0.0, 3.6 / UNIT - layout.width) / 2
         axes.set(xlim=(-spare, layout.width + spare), ylim=(-0.3, layout.height + 0.3), xticks=[])
         axes.set_yticks(*_layer_ticks(circuit, layout))
@@ -73,7 +73,7 @@ def circuit_figure(circuit: Circuit, title: str, group_size: int = 1) -> str:
         for i, (kind, word) in enumerate(LEGEND.items()):
             x, y = (0.45 + 0.75 * i) / figure.get_figwidth(), 0.18 / figure.get_figheight()
             figure.text(x, y, f"— {word}", color=COLOURS[kind], va="center", fontsize=8.5, fontweight="bold")
-        return _svg(figure)
+        return svg_text(figure)
 
 
 def circuit_text(circuit: Circuit, suffix: str, group_size: int = 1) -> str:

@@ -6,58 +6,42 @@ layers from left to right, in the heat map and in the overlay alike; a shallow o
 
 from __future__ import annotations
 
-import io
 import math
-import re
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_svg import FigureCanvasSVG
-from matplotlib.collections import PathCollection
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from matplotlib.path import Path
-from matplotlib.transforms import Affine2D, IdentityTransform
 
 from subcircuit.analysis.circuit import Circuit, TraceStep
 from subcircuit.analysis.curves import Curve
+from subcircuit.analysis.drawing import (
+    BAND,
+    FAINT,
+    INK,
+    LETTER_INCHES,
+    PALETTE,
+    SOFT,
+    STYLE,
+    add_legend,
+    boxed,
+    colour_bar_axes,
+    inches,
+    marks,
+    segments,
+    stacked,
+    svg_text,
+    task_colour,
+    words,
+)
 from subcircuit.analysis.overlap import Overlap
-
-PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#999933", "#882255")
-"""A colour per task, in the order of the tasks; after eight they come again."""
-INK, SOFT, FAINT, BAND = "#1f2430", "#6b7280", "#d5d9e2", "#f4f6fa"
 
 DEEP = 16
 """From so many layers on a model is drawn on its side."""
-
-_STYLE: dict[Any, Any] = {
-    "font.family": "sans-serif",
-    "font.size": 9,
-    "svg.fonttype": "none",
-    "text.parse_math": False,  # a dollar sign in a name is one
-    "svg.hashsalt": "subcircuit",  # the same picture twice is the same file
-    "axes.edgecolor": FAINT,
-    "text.color": INK,
-    "axes.labelcolor": SOFT,
-    "xtick.color": INK,
-    "ytick.color": INK,
-}
 _RAISED = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
-_LETTER_INCHES = 0.085
-"""Width of a letter of 9 points, enough for any sans-serif font."""
-
-
-def task_colour(index: int) -> str:
-    return PALETTE[index % len(PALETTE)]
-
-
-def words(name: str) -> str:
-    """A task's name as it is read."""
-    return name.replace("_", " ")
 
 
 def heatmap_figure(heads: Sequence[Sequence[float]], mlps: Sequence[float], title: str, n_labels: int = 10) -> str:
@@ -70,7 +54,7 @@ def heatmap_figure(heads: Sequence[Sequence[float]], mlps: Sequence[float], titl
     finite = np.nan_to_num(np.abs(grid))
     limit = float(finite[:, :n_heads].max(initial=0.0)) or float(finite.max(initial=0.0)) or 1.0
     beyond = bool((finite > limit).any())
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         cell = (0.31, 0.3) if n_layers >= DEEP else (0.4, 0.3)
         figure, axes, deep = _layer_grid(n_layers, n_heads, title, cell=cell, below=0.6, right=0.8)
         edges = [*(np.arange(n_heads + 1) - 0.5), n_heads, n_heads + 1]
@@ -84,10 +68,10 @@ def heatmap_figure(heads: Sequence[Sequence[float]], mlps: Sequence[float], titl
                 ink = "white" if abs(value) > 0.6 * limit else INK
                 place = _place(layer, column, n_heads, deep)
                 axes.text(*place, _short(value), ha="center", va="center", fontsize=6.5, color=ink)
-        bar = _colour_bar_axes(figure, axes)
+        bar = colour_bar_axes(figure, axes)
         figure.colorbar(scale, cax=bar, extend="both" if beyond else "neither")
         bar.tick_params(labelsize=8, length=0)
-        return _svg(figure)
+        return svg_text(figure)
 
 
 def overlay_figure(circuits: Mapping[str, Circuit], n_layers: int, n_heads: int, title: str) -> str:
@@ -97,14 +81,14 @@ def overlay_figure(circuits: Mapping[str, Circuit], n_layers: int, n_heads: int,
     cell = 0.34 if n_layers >= DEEP or n_heads > 8 else 0.44
     n_lines = len(legend) + several
     widest = max((len(text) for _, text in legend), default=0)
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         figure, axes, deep = _layer_grid(
             n_layers,
             n_heads,
             title,
             cell=(cell, cell),
             below=0.62 + 0.22 * n_lines,
-            min_width=0.6 + _LETTER_INCHES * widest,
+            min_width=0.6 + LETTER_INCHES * widest,
         )
         nodes = {
             (layer, column): [i for i, circuit in enumerate(circuits.values()) if _has(circuit, layer, column, n_heads)]
@@ -115,13 +99,13 @@ def overlay_figure(circuits: Mapping[str, Circuit], n_layers: int, n_heads: int,
         size = 72 * cell * 0.74
         shared = [where[at] for at, tasks in nodes.items() if several and len(tasks) == len(circuits)]
         _bands(axes, n_layers, n_heads, deep)
-        _marks(axes, [where[at] for at, tasks in nodes.items() if not tasks], size * 0.22, facecolor=FAINT)
+        marks(axes, [where[at] for at, tasks in nodes.items() if not tasks], size * 0.22, facecolor=FAINT)
         for tasks in sorted({tuple(tasks) for tasks in nodes.values()} - {()}):
             places = [where[at] for at, of in nodes.items() if tuple(of) == tasks]
-            _segments(axes, places, size, [task_colour(i) for i in tasks])
-        _marks(axes, shared, size * 1.16, facecolor="none", edgecolor=INK, linewidth=1.7)
-        _legend(figure, legend, _shared_text(nodes, circuits, n_heads) if several else None)
-        return _svg(figure)
+            segments(axes, places, size, [task_colour(i) for i in tasks])
+        marks(axes, shared, size * 1.16, facecolor="none", edgecolor=INK, linewidth=1.7)
+        add_legend(figure, legend, _shared_text(nodes, circuits, n_heads) if several else None)
+        return svg_text(figure)
 
 
 def matrix_figure(
@@ -132,10 +116,10 @@ def matrix_figure(
     finite = grid[np.isfinite(grid)]
     low = min(0.0, float(finite.min(initial=0.0)))
     high = max(float(finite.max(initial=0.0)), 1e-9)
-    row_names, column_names = [_stacked(name) for name in rows], [_stacked(name) for name in columns]
-    width = max(0.75, 0.1 + _inches(column_names))
-    with mpl.rc_context(_STYLE):
-        figure, axes = _boxed(width * len(columns), 0.46 * len(rows), title, 0.25 + _inches(row_names), 0.15, 0.5)
+    row_names, column_names = [stacked(name) for name in rows], [stacked(name) for name in columns]
+    width = max(0.75, 0.1 + inches(column_names))
+    with mpl.rc_context(STYLE):
+        figure, axes = boxed(width * len(columns), 0.46 * len(rows), title, 0.25 + inches(row_names), 0.15, 0.5)
         axes.pcolormesh(grid, cmap="GnBu", vmin=low, vmax=high * 1.15, edgecolors="white", linewidth=1)
         axes.set(xlim=(0, len(columns)), ylim=(len(rows), 0))
         axes.set_xticks(np.arange(len(columns)) + 0.5, column_names)
@@ -144,19 +128,19 @@ def matrix_figure(
             text = fmt.format(value).replace("-", "−") if math.isfinite(value) else "–"
             ink = "white" if value > low + 0.7 * (high - low) else INK
             axes.text(column + 0.5, row + 0.5, text, ha="center", va="center", color=ink)
-        return _svg(figure)
+        return svg_text(figure)
 
 
 def overlap_figure(
     overlaps: Sequence[Sequence[Overlap]], names: Sequence[str], title: str, significant: float = 0.05
 ) -> str:
     """Jaccard index of every pair of circuits, with what chance gives below it; ringed where p is small."""
-    labels = [_stacked(name) for name in names]
-    size = (max(0.95, 0.1 + _inches(labels)), 0.62)
+    labels = [stacked(name) for name in names]
+    size = (max(0.95, 0.1 + inches(labels)), 0.62)
     n = len(names)
-    with mpl.rc_context(_STYLE):
-        left, height = 0.25 + _inches(labels), size[1] * n
-        figure, axes = _boxed(size[0] * n, height, title, left, 0.15, 0.75)
+    with mpl.rc_context(STYLE):
+        left, height = 0.25 + inches(labels), size[1] * n
+        figure, axes = boxed(size[0] * n, height, title, left, 0.15, 0.75)
         grid = np.array([[each.jaccard for each in row] for row in overlaps], float)
         axes.pcolormesh(grid, cmap="GnBu", vmin=0, vmax=1.15, edgecolors="white", linewidth=1)
         axes.set(xlim=(0, n), ylim=(n, 0))
@@ -177,13 +161,13 @@ def overlap_figure(
         whole = figure.get_size_inches()
         note = f"framed: p ≤ {significant:g} beside random circuits"
         figure.text(0.1 / whole[0], 0.1 / whole[1], note, color=SOFT, fontsize=8)
-        return _svg(figure)
+        return svg_text(figure)
 
 
 def curve_figure(curves: Mapping[str, Curve], title: str) -> str:
     """Recovered share of the metric against circuit size, with intervals; CPR and CMD in the legend."""
-    with mpl.rc_context(_STYLE):
-        figure, axes = _boxed(5.2, 2.6, title, 0.65, 0.2, 0.55)
+    with mpl.rc_context(STYLE):
+        figure, axes = boxed(5.2, 2.6, title, 0.65, 0.2, 0.55)
         for level in (0, 1):
             axes.axhline(level, color=FAINT, linewidth=1, zorder=0)
         low, high = 0.0, 1.0
@@ -198,7 +182,7 @@ def curve_figure(curves: Mapping[str, Curve], title: str) -> str:
         axes.set_xlabel("share of all items kept, the most important first (%)")
         axes.set_ylabel("recovered share")
         axes.legend(frameon=False, fontsize=8, loc="lower right", bbox_to_anchor=(1, 0.16))
-        return _svg(figure)
+        return svg_text(figure)
 
 
 def _p_text(p: float) -> str:
@@ -212,8 +196,8 @@ def drops_figure(drops: Mapping[str, float], title: str, n_most: int = 30) -> st
     """Points of score that a circuit loses without each of its nodes, the dearest first."""
     dearest = sorted(drops.items(), key=lambda item: -item[1])[:n_most]
     more = f" (the {n_most} dearest of {len(drops)})" if len(drops) > n_most else ""
-    with mpl.rc_context(_STYLE):
-        figure, axes = _boxed(max(0.29 * len(dearest), 3.0), 1.6, title + more, 0.6, 0.15, 0.65)
+    with mpl.rc_context(STYLE):
+        figure, axes = boxed(max(0.29 * len(dearest), 3.0), 1.6, title + more, 0.6, 0.15, 0.65)
         for kind, colour in (("head", PALETTE[0]), ("MLP", PALETTE[1])):
             at = [x for x, (node, _) in enumerate(dearest) if node.startswith("m") == (kind == "MLP")]
             if at:
@@ -224,7 +208,7 @@ def drops_figure(drops: Mapping[str, float], title: str, n_most: int = 30) -> st
         axes.set_ylabel("points lost")
         if dearest:
             axes.legend(frameon=False, loc="upper right")
-        return _svg(figure)
+        return svg_text(figure)
 
 
 def trace_figure(trace: Sequence[TraceStep], title: str, threshold: float | None = None) -> str:
@@ -237,8 +221,8 @@ def trace_figure(trace: Sequence[TraceStep], title: str, threshold: float | None
         so_far.append(step.score_without if step.removed else so_far[-1])
     # One candidate may cost thousands of points; the line is what is looked for.
     low = min(0.0, *so_far) - 6
-    with mpl.rc_context(_STYLE):
-        figure, axes = _boxed(8.7, 1.9, title, 0.6, 0.15, 0.55)
+    with mpl.rc_context(STYLE):
+        figure, axes = boxed(8.7, 1.9, title, 0.6, 0.15, 0.55)
         for boundary in [i for i in range(1, len(trace)) if trace[i].sweep != trace[i - 1].sweep]:
             axes.axvline(boundary + 0.5, color=FAINT, linewidth=1, linestyle=":")
         if threshold is not None:
@@ -251,14 +235,14 @@ def trace_figure(trace: Sequence[TraceStep], title: str, threshold: float | None
         axes.set_ylim(bottom=low)
         axes.set_xlabel("candidate (dotted lines: a new sweep; dashed: the threshold)")
         axes.legend(frameon=False, fontsize=8, ncols=3, loc="lower left")
-        return _svg(figure)
+        return svg_text(figure)
 
 
 def random_figure(scores: Mapping[str, float], baselines: Mapping[str, Sequence[float]], title: str) -> str:
     """Each task's circuit (diamond) beside random circuits of the same size (dots)."""
-    names = [_stacked(task) for task in scores]
-    with mpl.rc_context(_STYLE):
-        figure, axes = _boxed(3.7, 0.46 * len(scores), title, 0.25 + _inches(names), 0.4, 0.55)
+    names = [stacked(task) for task in scores]
+    with mpl.rc_context(STYLE):
+        figure, axes = boxed(3.7, 0.46 * len(scores), title, 0.25 + inches(names), 0.4, 0.55)
         axes.axvline(0, color=FAINT, linewidth=1, zorder=0)
         axes.axvline(100, color=FAINT, linewidth=1, zorder=0)
         for row, (task, score) in enumerate(scores.items()):
@@ -269,16 +253,16 @@ def random_figure(scores: Mapping[str, float], baselines: Mapping[str, Sequence[
         axes.set_yticks(range(len(scores)), names)
         axes.set_ylim(len(scores) - 0.5, -0.5)
         axes.set_xlabel("score (diamond: the circuit found; dots: random ones)")
-        return _svg(figure)
+        return svg_text(figure)
 
 
 def bars_figure(values: Mapping[str, float], title: str, unit: str, n_first: int = 0) -> str:
     """A horizontal bar per name with its number, the first `n_first` of them in a colour of their own."""
     names = list(values)
     highest = max(values.values(), default=0.0) or 1.0
-    left = 0.25 + _LETTER_INCHES * max((len(name) for name in names), default=0)
-    with mpl.rc_context(_STYLE):
-        figure, axes = _boxed(4.2, 0.27 * len(names), title, left, 0.75, 0.45)
+    left = 0.25 + LETTER_INCHES * max((len(name) for name in names), default=0)
+    with mpl.rc_context(STYLE):
+        figure, axes = boxed(4.2, 0.27 * len(names), title, left, 0.75, 0.45)
         colours = [PALETTE[0] if i < n_first else SOFT for i in range(len(names))]
         axes.barh(range(len(names)), list(values.values()), color=colours, height=0.7)
         for row, value in enumerate(values.values()):
@@ -286,20 +270,7 @@ def bars_figure(values: Mapping[str, float], title: str, unit: str, n_first: int
             axes.annotate(text, (value, row), (4, 0), textcoords="offset points", va="center")
         axes.set_yticks(range(len(names)), names)
         axes.set(xlim=(0, highest), ylim=(len(names) - 0.5, -0.5), xlabel=unit)
-        return _svg(figure)
-
-
-def _boxed(width: float, height: float, title: str, left: float, right: float, below: float) -> tuple[Figure, Axes]:
-    """A figure with a title and one plot of width × height inches, with given margins or as much as the title needs."""
-    whole = (max(left + width + right, 0.2 + 1.2 * _LETTER_INCHES * len(title)), below + height + 0.42)
-    figure = Figure(figsize=whole, facecolor="white")
-    FigureCanvasSVG(figure)
-    axes = figure.add_axes((left / whole[0], below / whole[1], width / whole[0], height / whole[1]))
-    axes.spines[["top", "right", "left", "bottom"]].set_visible(False)
-    axes.set_facecolor("none")
-    axes.tick_params(length=0)
-    figure.text(0.1 / whole[0], 1 - 0.12 / whole[1], title, ha="left", va="top", fontsize=10.5, fontweight="bold")
-    return figure, axes
+        return svg_text(figure)
 
 
 def _layer_grid(
@@ -318,7 +289,7 @@ def _layer_grid(
     n_x, n_y = (n_layers, across) if deep else (across, n_layers)
     width, height = cell[0] * n_x, cell[1] * n_y
     margin = max(right, min_width - width - 0.75)
-    figure, axes = _boxed(width, height, title, 0.75, margin, below)
+    figure, axes = boxed(width, height, title, 0.75, margin, below)
     columns = [_place(0, column, n_heads, deep)[1 if deep else 0] for column in range(n_heads + 1)]
     step = 1 if n_heads <= 16 else 2 if n_heads <= 32 else 4
     column_ticks = [*columns[:-1:step], columns[-1]]
@@ -351,35 +322,6 @@ def _bands(axes: Axes, n_layers: int, n_heads: int, deep: bool) -> None:
         axes.add_patch(Rectangle(corner, *size, facecolor=BAND, linewidth=0, zorder=0))
 
 
-def _marks(axes: Axes, places: Sequence[tuple[float, float]], points: float, **style: Any) -> None:
-    """Discs of a diameter in points."""
-    _stamp(axes, Path.circle(radius=0.5), places, points, **({"linewidth": 0} | style))
-
-
-def _segments(axes: Axes, places: Sequence[tuple[float, float]], points: float, colours: Sequence[str]) -> None:
-    """Discs of a diameter in points, split evenly between colours, from the top to the right."""
-    for i, colour in enumerate(colours):
-        end, start = 90 - 360 * i / len(colours), 90 - 360 * (i + 1) / len(colours)
-        whole = Path.wedge(start, end) if len(colours) > 1 else Path.circle()
-        wedge = whole.transformed(Affine2D().scale(0.5))
-        _stamp(axes, wedge, places, points, facecolor=colour, edgecolor="white", linewidth=0.7 * (len(colours) > 1))
-
-
-def _stamp(axes: Axes, path: Path, places: Sequence[tuple[float, float]], points: float, **style: Any) -> None:
-    # One shape used many times: a fifth of the text of separate patches.
-    if places:
-        stamps = PathCollection(
-            [path],
-            sizes=[points**2],
-            offsets=places,
-            offset_transform=axes.transData,
-            transform=IdentityTransform(),
-            zorder=2,
-            **style,
-        )
-        axes.add_collection(stamps, autolim=False)
-
-
 def _legend_text(task: str, circuit: Circuit) -> str:
     kept = f", {circuit.score:.0f} % of the logit difference" if circuit.score is not None else ""
     return f"{words(task)}: {_count(len(circuit.heads), 'head')} and {_count(len(circuit.mlps), 'MLP')}{kept}"
@@ -398,50 +340,7 @@ def _count(n: int, noun: str) -> str:
     return f"{n} {noun}{'' if n == 1 else 's'}"
 
 
-def _legend(figure: Figure, lines: Sequence[tuple[str, str]], shared: tuple[list[str], str] | None) -> None:
-    """Lines at the foot of the figure, each with a disc like those of the grid."""
-    width, height = figure.get_size_inches()
-    axes = figure.add_axes((0, 0, 1, 1))
-    axes.set(xlim=(0, width), ylim=(0, height))
-    axes.axis("off")
-    entries: list[tuple[list[str], str, bool]] = [([colour], text, False) for colour, text in lines]
-    if shared is not None:
-        entries.append((*shared, True))
-    for i, (colours, text, ringed) in enumerate(reversed(entries)):
-        place = (0.32, 0.2 + 0.22 * i)
-        _segments(axes, [place], 9, colours)
-        if ringed:
-            _marks(axes, [place], 11, facecolor="none", edgecolor=INK, linewidth=1.5)
-        axes.text(0.5, place[1], text, va="center_baseline")
-
-
-def _colour_bar_axes(figure: Figure, axes: Axes) -> Axes:
-    box = axes.get_position()
-    width, height = figure.get_size_inches()
-    tall = min(box.height, 2.6 / height)
-    return figure.add_axes((box.x1 + 0.18 / width, box.y0 + (box.height - tall) / 2, 0.13 / width, tall))
-
-
-def _stacked(name: str) -> str:
-    """A task's name, a word a line."""
-    return name.replace("_", "\n")
-
-
-def _inches(names: Sequence[str]) -> float:
-    """Width that the longest line of some names needs."""
-    return _LETTER_INCHES * max((len(line) for name in names for line in name.split("\n")), default=0)
-
-
 def _short(value: float) -> str:
     """Two figures, with the sign that a minus has in print."""
     digits = 0 if abs(value) >= 9.95 else 1 if abs(value) >= 0.995 else 2
     return f"{value:.{digits}f}".replace("-", "−")
-
-
-def _svg(figure: Figure) -> str:
-    text = io.StringIO()
-    save: Callable[..., None] = figure.savefig
-    save(text, format="svg", metadata={"Date": None, "Creator": None, "Type": None, "Format": None})
-    svg = text.getvalue()
-    # matplotlib repeats every text as a comment.
-    return re.sub(r"\s*<!--.*?-->", "", svg[svg.index("<svg") :], flags=re.DOTALL)

@@ -10,19 +10,19 @@ from jaxtyping import Float
 from matplotlib.patches import Rectangle
 from torch import Tensor
 
-from subcircuit.analysis.figures import (
-    _STYLE,
+from subcircuit.analysis.drawing import (
     BAND,
     FAINT,
     INK,
     PALETTE,
     SOFT,
-    _boxed,
-    _colour_bar_axes,
-    _inches,
-    _legend,
-    _segments,
-    _svg,
+    STYLE,
+    add_legend,
+    boxed,
+    colour_bar_axes,
+    inches,
+    segments,
+    svg_text,
     task_colour,
     words,
 )
@@ -48,9 +48,9 @@ def attention_figure(pattern: Float[Tensor, "query key"], tokens: Sequence[str],
     n_pos = len(grid)
     allowed = np.tril(np.ones_like(grid, dtype=bool))
     limit = float(grid[:, 1:].max(initial=0.0)) or 1.0
-    labels = _inches(tokens)
-    with mpl.rc_context(_STYLE):
-        figure, axes = _boxed(0.24 * n_pos, 0.24 * n_pos, title, 0.35 + labels, 0.75, 0.45 + labels)
+    labels = inches(tokens)
+    with mpl.rc_context(STYLE):
+        figure, axes = boxed(0.24 * n_pos, 0.24 * n_pos, title, 0.35 + labels, 0.75, 0.45 + labels)
         cells = np.ma.masked_where(~allowed, grid)
         scale = axes.pcolormesh(cells, cmap="Blues", vmin=0, vmax=limit, edgecolors="white", linewidth=0.4)
         for query, key in sorted(np.argwhere(allowed).tolist(), key=lambda at: -grid[tuple(at)])[: 2 * n_pos]:
@@ -61,10 +61,10 @@ def attention_figure(pattern: Float[Tensor, "query key"], tokens: Sequence[str],
         axes.set(xlim=(0, n_pos), ylim=(n_pos, 0), xlabel="attended to", ylabel="from")
         axes.set_xticks(np.arange(n_pos) + 0.5, tokens, rotation=90, fontsize=8)
         axes.set_yticks(np.arange(n_pos) + 0.5, tokens, fontsize=8)
-        bar = _colour_bar_axes(figure, axes)
+        bar = colour_bar_axes(figure, axes)
         figure.colorbar(scale, cax=bar, extend="max" if float(grid.max()) > limit else "neither")
         bar.tick_params(labelsize=8, length=0)
-        return _svg(figure)
+        return svg_text(figure)
 
 
 def roles_figure(
@@ -86,10 +86,10 @@ def roles_figure(
     rows = [role.name for role in ROLES if any(name == role.name and head in columns for name, head in held)]
     names = [f"{layer}.{head}" for layer, head in columns]
     cell = 0.34
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         below = 0.75 + 0.22 * len(found)
         size = cell * max(len(columns), 1), cell * max(len(rows), 1)
-        figure, axes = _boxed(*size, title, 0.3 + _inches(rows), 0.3, below)
+        figure, axes = boxed(*size, title, 0.3 + inches(rows), 0.3, below)
         for y in range(0, len(rows), 2):
             axes.add_patch(Rectangle((-0.5, y - 0.5), len(columns), 1, facecolor=BAND, linewidth=0, zorder=0))
         for tasks in sorted({tuple(tasks) for tasks in held.values()}):
@@ -98,12 +98,12 @@ def roles_figure(
                 for (role, head), of in held.items()
                 if tuple(of) == tasks and head in columns
             ]
-            _segments(axes, places, 72 * cell * 0.74, [task_colour(i) for i in tasks])
+            segments(axes, places, 72 * cell * 0.74, [task_colour(i) for i in tasks])
         axes.set_xticks(range(len(columns)), names, rotation=90, fontsize=8)
         axes.set_yticks(range(len(rows)), rows)
         axes.set(xlim=(-0.5, max(len(columns), 1) - 0.5), ylim=(max(len(rows), 1) - 0.5, -0.5), xlabel="head")
-        _legend(figure, [(task_colour(i), words(task)) for i, task in enumerate(found)], None)
-        return _svg(figure)
+        add_legend(figure, [(task_colour(i), words(task)) for i, task in enumerate(found)])
+        return svg_text(figure)
 
 
 def _interleaved(lists: Sequence[Sequence[tuple[int, int]]]) -> list[tuple[int, int]]:
@@ -124,8 +124,8 @@ def ov_figure(found: HeadRoles, title: str, n_most: int = 24, marked: Sequence[t
     key = "next" if "next" in shares else "copy"
     ranked = sorted((head for head in heads if best[head] > 0), key=lambda head: (-float(shares[key][head]), head))
     shown = ranked[:n_most]
-    with mpl.rc_context(_STYLE):
-        figure, axes = _boxed(max(0.36 * len(shown), 3.4), 1.8, title, 0.75, 0.2, 0.9)
+    with mpl.rc_context(STYLE):
+        figure, axes = boxed(max(0.36 * len(shown), 3.4), 1.8, title, 0.75, 0.2, 0.9)
         for i, (name, share) in enumerate(shares.items()):
             colour = PALETTE[{"next": 0, "copy": 1}[name]]
             x = np.arange(len(shown)) + (i - (len(shares) - 1) / 2) * 0.38
@@ -141,4 +141,4 @@ def ov_figure(found: HeadRoles, title: str, n_most: int = 24, marked: Sequence[t
         axes.set_xlabel("head (bold: in the circuit; dashed: mean of all heads)" if marked else "head (dashed: mean)")
         if shares:
             axes.legend(frameon=False, fontsize=8, loc="upper right")
-        return _svg(figure)
+        return svg_text(figure)

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from matplotlib.axes import Axes
 from torch import Tensor
 
-from subcircuit.analysis.figures import _STYLE, FAINT, INK, PALETTE, SOFT, _boxed, _inches, _svg
+from subcircuit.analysis.drawing import FAINT, INK, PALETTE, SOFT, STYLE, boxed, inches, svg_text
 from subcircuit.analysis.head_figures import token_texts
 from subcircuit.analysis.lens import Lens
 
@@ -28,9 +28,9 @@ def lens_figure(read: Lens, title: str) -> str:
     rival = "last member" if read.newest is not None else "wrong answer"
     n_stages = len(read.stages)
     x = torch.arange(n_stages) / 2
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         width = max(0.14 * n_stages, 3.6)
-        figure, upper = _boxed(width, 3.4, title, 0.75, 0.25, 0.55)
+        figure, upper = boxed(width, 3.4, title, 0.75, 0.25, 0.55)
         box = upper.get_position()
         upper.set_position((box.x0, box.y0 + 0.55 * box.height, box.width, 0.45 * box.height))
         lower = figure.add_axes((box.x0, box.y0, box.width, 0.45 * box.height))
@@ -56,7 +56,7 @@ def lens_figure(read: Lens, title: str) -> str:
             if 0 < half < n_stages:
                 axes.axvline(half / 2, color=SOFT, linewidth=0.9, linestyle=":")
         upper.legend(frameon=False, fontsize=8, loc="upper left")
-        return _svg(figure)
+        return svg_text(figure)
 
 
 def _band(
@@ -81,11 +81,11 @@ def top_tokens_figure(read: Lens, title: str, prompt: int = 0) -> str:
     tops, sure = read.top_tokens[::2, prompt, :, 0], read.top_probabilities[::2, prompt, :, 0].double()
     labels = [token_texts(row.tolist(), read.tokenizer) for row in tops]
     below = token_texts(read.task.clean[prompt, list(read.positions)].tolist(), read.tokenizer)
-    cell = max(0.5, 0.12 + 0.8 * _inches([text[:12] for row in labels for text in row]))
+    cell = max(0.5, 0.12 + 0.8 * inches([text[:12] for row in labels for text in row]))
     names = ["embedding", *(f"layer {layer}" for layer in range(len(labels) - 1))]
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         size = cell * len(below), 0.24 * len(labels)
-        figure, axes = _boxed(*size, title, 0.2 + _inches(names), 0.15, 0.4 + 0.75 * _inches(below))
+        figure, axes = boxed(*size, title, 0.2 + inches(names), 0.15, 0.4 + 0.75 * inches(below))
         axes.pcolormesh(sure.numpy(), cmap="Blues", vmin=0, vmax=1, edgecolors="white", linewidth=0.6)
         for row, texts in enumerate(labels):
             for column, text in enumerate(texts):
@@ -94,7 +94,7 @@ def top_tokens_figure(read: Lens, title: str, prompt: int = 0) -> str:
                 axes.text(column + 0.5, row + 0.5, shown, ha="center", va="center", fontsize=7, color=ink)
         axes.set_yticks(np.arange(len(labels)) + 0.5, names, fontsize=8)
         axes.set_xticks(np.arange(len(below)) + 0.5, below, fontsize=8, rotation=45, ha="right", rotation_mode="anchor")
-        return _svg(figure)
+        return svg_text(figure)
 
 
 def attribution_figure(rows: Sequence[Mapping[str, Any]], title: str, n_most: int = 24) -> str:
@@ -102,8 +102,8 @@ def attribution_figure(rows: Sequence[Mapping[str, Any]], title: str, n_most: in
     largest = sorted(rows, key=lambda row: -abs(row["direct"]))[:n_most]
     colours = {"head": PALETTE[0], "mlp": PALETTE[1], "neuron": PALETTE[2]}
     names = {"head": "head", "mlp": "MLP", "neuron": "neuron (part of its MLP)"}
-    with mpl.rc_context(_STYLE):
-        figure, axes = _boxed(max(0.3 * len(largest), 3.4), 1.8, title, 0.75, 0.2, 0.75)
+    with mpl.rc_context(STYLE):
+        figure, axes = boxed(max(0.3 * len(largest), 3.4), 1.8, title, 0.75, 0.2, 0.75)
         for kind, colour in colours.items():
             at = [i for i, row in enumerate(largest) if row["kind"] == kind]
             if at:
@@ -115,4 +115,4 @@ def attribution_figure(rows: Sequence[Mapping[str, Any]], title: str, n_most: in
         axes.set(xlim=(-0.6, max(len(largest), 10) - 0.4), ylabel="logits")
         if largest:
             axes.legend(frameon=False, fontsize=8, loc="upper right")
-        return _svg(figure)
+        return svg_text(figure)

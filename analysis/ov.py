@@ -22,7 +22,9 @@ from subcircuit.engine.errors import TaskError
 from subcircuit.engine.model import HookedTransformer
 
 LOGITS_AT_ONCE = 2**25
-"""Logits in memory together (128 MB in float32)."""
+"""Logits in memory together (128 MB in float32): a product with enough rows to run at full speed."""
+COMPARED_AT_ONCE = 2**20
+"""Logits compared together, few enough to stay in a processor's cache from one wanted token to the next."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,33 +133,56 @@ def ov_scores(
     resid = _after_block_0(model, task.clean)[:, list(positions)]
     config = model.config
     ranks = torch.empty(config.n_layers, config.n_heads, *resid.shape[:2], chain.shape[1], dtype=torch.int32)
-    for layer in range(config.n_layers):
-        block = _block(model, layer)
-        x = _block(model, layer if own_norm else min(1, config.n_layers - 1)).ln1(resid)
-        values = torch.einsum("psd,kdh->kpsh", x, block.attn.W_V).repeat_interleave(config.group_size, 0)
-        written = torch.einsum("apsh,ahd->apsd", values, block.attn.W_O)
-        ranks[layer] = _ranks(model, written, chain)
+    rows_per_layer = config.n_heads * resid.shape[0] * resid.shape[1]
+    together = max(1, LOGITS_AT_ONCE // config.d_vocab // rows_per_layer)
+    for first in range(0, config.n_layers, together):
+        layers = range(first, min(first + together, config.n_layers))
+        norms = [_block(model, layer if own_norm else min(1, config.n_layers - 1)).ln1 for layer in layers]
+        written = [_written(_block(model, layer), norm(resid)) for layer, norm in zip(layers, norms, strict=True)]
+        ranks[layers.start : layers.stop] = _ranks(model, torch.stack(written), chain)
         if progress is not None:
-            progress(layer + 1, config.n_layers)
+            progress(layers.stop, config.n_layers)
     return OVScores(ranks, chain, positions, is_sequence, config.d_vocab)
 
 
+def _written(block: Block, x: Float[Tensor, "prompt source d_model"]) -> Float[Tensor, "head prompt source d_model"]:
+    """x W_V W_O of every head of a block."""
+    values = torch.einsum("psd,kdh->kpsh", x, block.attn.W_V)
+    values = values.repeat_interleave(block.attn.W_O.shape[0] // len(values), 0)
+    return torch.einsum("apsh,ahd->apsd", values, block.attn.W_O)
+
+
 def _ranks(
-    model: HookedTransformer, written: Float[Tensor, "head prompt source d_model"], chain: Int[Tensor, "prompt target"]
-) -> Int[Tensor, "head prompt source target"]:
-    n_heads, n_prompts, n_sources, _ = written.shape
-    rows = written.flatten(0, 2)
-    targets = chain[None, :, None].expand(n_heads, -1, n_sources, -1).flatten(0, 2).to(rows.device)
-    step = max(1, LOGITS_AT_ONCE // model.config.d_vocab)
+    model: HookedTransformer,
+    written: Float[Tensor, "layer head prompt source d_model"],
+    chain: Int[Tensor, "prompt target"],
+) -> Int[Tensor, "layer head prompt source target"]:
+    """How many tokens get a higher logit from each vector written than each token of its prompt's chain.
+
+    One product per tile of rows, into the same memory: it is nearly all of the work.
+    """
+    rows, d_vocab = written.flatten(0, 3), model.config.d_vocab
+    targets = chain.to(rows.device)[:, None].expand(*written.shape[:-1], -1).flatten(0, 3)
+    step = min(len(rows), max(1, LOGITS_AT_ONCE // d_vocab))
+    tile = rows.new_empty(step, d_vocab)
     found = []
     for first in range(0, len(rows), step):
-        logits = model.unembed_normed(rows[first : first + step])
-        wanted = logits.gather(1, targets[first : first + step])
+        part = slice(first, first + step)
+        normed = model.ln_final(rows[part])
+        logits = torch.mm(normed, model.unembed_weight.T, out=tile[: len(normed)])
+        found.append(_n_higher(logits, targets[part]))
+    return torch.cat(found).reshape(*written.shape[:-1], -1).int().cpu()
+
+
+def _n_higher(logits: Float[Tensor, "row d_vocab"], tokens: Int[Tensor, "row target"]) -> Float[Tensor, "row target"]:
+    """How many logits of a row are higher than that of each of its tokens."""
+    step = max(1, COMPARED_AT_ONCE // logits.shape[1])
+    counts = []
+    for some, wanted in zip(logits.split(step), logits.gather(1, tokens).split(step), strict=True):
         # Counted in float32, which is exact below 2²⁴ and five times as fast as a sum of booleans.
-        higher = torch.empty(logits.shape, dtype=torch.float32, device=logits.device)
-        counts = [torch.gt(logits, column[:, None], out=higher).sum(1) for column in wanted.unbind(1)]
-        found.append(torch.stack(counts, 1))
-    return torch.cat(found).reshape(n_heads, n_prompts, n_sources, -1).int().cpu()
+        higher = torch.empty(some.shape, dtype=torch.float32, device=some.device)
+        counts.append(torch.stack([torch.gt(some, one[:, None], out=higher).sum(1) for one in wanted.unbind(1)], 1))
+    return torch.cat(counts)
 
 
 @dataclass(frozen=True, eq=False)

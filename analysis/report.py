@@ -14,6 +14,7 @@ from markupsafe import Markup
 
 from subcircuit.analysis import figures
 from subcircuit.analysis.circuit import Circuit
+from subcircuit.analysis.drawing import task_colour, words
 from subcircuit.analysis.stages import TASK_STAGES
 from subcircuit.analysis.store import RunDirectory
 
@@ -43,7 +44,7 @@ def _page(directory: RunDirectory, models: list[dict[str, Any]]) -> str:
     environment = Environment(
         loader=PackageLoader("subcircuit.analysis"), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"words": figures.words, "number": _number, "duration": _duration, "listed": _listed}
+    environment.filters |= {"words": words, "number": _number, "duration": _duration, "listed": _listed}
     seconds = sum(directory.run.get("timings", {}).values())
     return environment.get_template("report.html").render(run=directory.run, models=models, seconds=seconds)
 
@@ -113,7 +114,7 @@ def _task_values(index: int, name: str, circuit: Circuit, result: Mapping[str, A
     baseline = [value for value in result.get("random_scores", ()) if math.isfinite(value)]
     return {
         "name": name,
-        "colour": figures.task_colour(index),
+        "colour": task_colour(index),
         "circuit": circuit,
         "result": result,
         "drops": sorted(result.get("drops", {}).items(), key=lambda item: -item[1]),
@@ -132,11 +133,11 @@ def _figures(
     """SVG texts by name; `months.effects` for those of one task."""
     drawn: dict[str, str] = {}
     if circuits:
-        tasks = " and ".join(figures.words(", ".join(circuits)).rsplit(", ", 1))
+        tasks = " and ".join(words(", ".join(circuits)).rsplit(", ", 1))
         title = f"{model['name']}: what does {tasks}"
         drawn["overlay"] = figures.overlay_figure(circuits, model["n_layers"], model["n_heads"], title)
     for name, circuit in circuits.items():
-        result, task = results[name], figures.words(name)
+        result, task = results[name], words(name)
         if "heads" in result and "mlps" in result:
             title = f"{task}: effect of patching a head or MLP"
             drawn[f"{name}.effects"] = figures.heatmap_figure(result["heads"], result["mlps"], title)

@@ -16,10 +16,11 @@ from subcircuit.analysis.baselines import random_baseline
 from subcircuit.analysis.circuit import Circuit, intersection
 from subcircuit.analysis.circuit_figure import circuit_figure
 from subcircuit.analysis.curves import node_curve, node_ranking
+from subcircuit.analysis.drawing import words
 from subcircuit.analysis.edges import prune_edges
 from subcircuit.analysis.evaluation import evaluate_circuit
 from subcircuit.analysis.faithfulness import Ablation
-from subcircuit.analysis.figures import curve_figure, words
+from subcircuit.analysis.figures import curve_figure
 from subcircuit.analysis.head_profile import head_profiles
 from subcircuit.analysis.heads import head_roles
 from subcircuit.analysis.lens import lens

@@ -1,6 +1,7 @@
 """A run directory: every file is written whole or not at all, so that what is there after a kill can be trusted.
 
 run.json                what was run: command, settings, models, versions, seed, seconds per stage
+blocks/*.safetensors    effects of a part of a sweep's sites, until the sweep is whole
 scores/M.T.safetensors  effects of model M's sweep on task T, per site and prompt
 scores.csv              the same as a table of means
 circuits/M.T.json       the circuit found
@@ -26,7 +27,7 @@ from subcircuit.engine.errors import StoreError
 
 RUN_FILE = "run.json"
 SCHEMA_VERSION = 1
-FINISHED = ("scores", "circuits", "results")
+FINISHED = ("blocks", "scores", "circuits", "results")
 """Folders of what a stage took its time for."""
 OWN = (*FINISHED, "figures", "scores.csv", "report.html", RUN_FILE)
 """All that a run writes, `run.json` last: what is deleted to start anew, and nothing else."""
@@ -138,6 +139,10 @@ class RunDirectory:
         """Add to run.json."""
         self.run |= fields
         self.write_json(RUN_FILE, self.run)
+
+    def delete_folder(self, name: str) -> None:
+        """Remove one of the run's folders, if it is there, with all that is in it."""
+        shutil.rmtree(self.path / name, ignore_errors=True)
 
     def has(self, name: str) -> bool:
         return (self.path / name).is_file()

@@ -2,19 +2,9 @@
 
 from __future__ import annotations
 
-import csv
-import hashlib
-import io
-import json
-import platform
-import re
-import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
-from datetime import UTC, datetime
-from importlib import metadata
+from dataclasses import dataclass, field, replace
 from typing import Any, get_args
 
 import torch
@@ -25,16 +15,25 @@ from subcircuit.analysis.discover import discover
 from subcircuit.analysis.faithfulness import Ablation, node_drops, random_circuits
 from subcircuit.analysis.metrics import final_logits, is_top, logit_difference
 from subcircuit.analysis.pruning import Direction
+from subcircuit.analysis.records import (
+    csv_text,
+    describe,
+    now,
+    peak_memory_bytes,
+    read_scores,
+    slugs_of,
+    timed,
+    versions,
+    write_scores,
+)
 from subcircuit.analysis.report import write_report
 from subcircuit.analysis.stages import STAGES, TASK_STAGES, Section, Subject, transfer_stage
 from subcircuit.analysis.store import RunDirectory
 from subcircuit.analysis.sweep import Scores, sweep
 from subcircuit.analysis.tasks import Task, task_names
 from subcircuit.analysis.tasks import task as build_task
-from subcircuit.engine.config import ModelConfig, RopeScaling
 from subcircuit.engine.errors import PatchError, StoreError, TaskError
 from subcircuit.engine.model import HookedTransformer
-from subcircuit.engine.patching import Site
 from subcircuit.engine.patching.session import Executor, Precision
 from subcircuit.weights.names import load
 
@@ -116,8 +115,8 @@ def study(
         },
         "tasks": list(settings.tasks),
         "seed": settings.seed,
-        "versions": _versions(),
-        "started": _now(),
+        "versions": versions(),
+        "started": now(),
         "models": [],
         "timings": {},
         "notes": [],
@@ -126,7 +125,7 @@ def study(
     progress = progress or (lambda stage, done, total: None)
     studies = [
         _ModelStudy(directory, settings, name, slug, progress)
-        for name, slug in zip(settings.models, _slugs(settings.models), strict=True)
+        for name, slug in zip(settings.models, slugs_of(settings.models), strict=True)
         if not _is_finished(directory, slug, settings.stages)
     ]
     # The first model last: it stays loaded for its study, and no other does, so that only one is in memory.
@@ -137,11 +136,11 @@ def study(
     for model_study in studies:
         model_study.run()
     progress("report", 0, 1)
-    with _timed(directory, "report"):
+    with timed(directory, "report"):
         write_report(directory)
     progress("report", 1, 1)
-    peak = max(directory.run.get("peak_memory_bytes", 0), _peak_memory_bytes())
-    directory.update_run(finished=_now(), peak_memory_bytes=peak)
+    peak = max(directory.run.get("peak_memory_bytes", 0), peak_memory_bytes())
+    directory.update_run(finished=now(), peak_memory_bytes=peak)
     return directory
 
 
@@ -177,49 +176,12 @@ def circuits_of(directory: RunDirectory, slug: str) -> dict[str, Circuit]:
 def scores_of(directory: RunDirectory, slug: str) -> dict[str, Scores]:
     """The sweeps that a run made for a model, by task."""
     files = _files_by_task(directory, f"scores/{slug}.{{}}.safetensors")
-    return {task: _read_scores(directory, file) for task, file in files.items()}
+    return {task: read_scores(directory, file) for task, file in files.items()}
 
 
 def _files_by_task(directory: RunDirectory, pattern: str) -> dict[str, str]:
     files = {task: pattern.format(task) for task in directory.run["tasks"]}
     return {task: file for task, file in files.items() if directory.has(file)}
-
-
-def _write_scores(directory: RunDirectory, file: str, scores: Scores) -> None:
-    about = {
-        "sites": [str(site) for site in scores.sites],
-        "settings": scores.settings,
-        "config": asdict(scores.config),
-    }
-    tensors = {"effects": scores.effects, "clean_metric": scores.clean_metric}
-    # One entry of metadata: safetensors writes several in any order, and the same sweep should be the same file.
-    directory.write_tensors(file, tensors, {"sweep": json.dumps(about)})
-
-
-def _read_scores(directory: RunDirectory, file: str) -> Scores:
-    tensors, labels = directory.read_tensors(file)
-    try:
-        about = json.loads(labels["sweep"])
-        scaling = about["config"].pop("rope_scaling")
-        return Scores(
-            tuple(Site.of(site) for site in about["sites"]),
-            tensors["effects"],
-            tensors["clean_metric"],
-            ModelConfig(**about["config"], rope_scaling=scaling and RopeScaling(**scaling)),
-            about["settings"],
-        )
-    except (KeyError, TypeError, ValueError) as error:
-        raise StoreError(f"{directory.path / file} holds no sweep: {error}") from error
-
-
-def _slugs(models: Sequence[str]) -> list[str]:
-    """A part of a file name per model, no two alike."""
-    slugs: list[str] = []
-    for name in models:
-        plain = re.sub(r"[^A-Za-z0-9_-]+", "-", name).strip("-") or "model"
-        candidates = [plain, *(f"{plain}-{number}" for number in range(2, len(models) + 1))]
-        slugs.append(next(slug for slug in candidates if slug not in slugs))
-    return slugs
 
 
 def _is_finished(directory: RunDirectory, slug: str, stages: Sequence[str]) -> bool:
@@ -233,40 +195,6 @@ def _is_finished(directory: RunDirectory, slug: str, stages: Sequence[str]) -> b
     if "transfer" in stages and not directory.has(f"results/{slug}.transfer.json"):
         return False
     return all(directory.has(name.format(slug, task)) for name in names for task in tasks)
-
-
-def _versions() -> dict[str, str]:
-    return {
-        "subcircuit": metadata.version("subcircuit"),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "threads": str(torch.get_num_threads()),
-    }
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-def _peak_memory_bytes() -> int:
-    """The most memory that this process held so far; 0 where the system does not tell."""
-    try:
-        import resource
-    except ImportError:
-        return 0
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
-@contextmanager
-def _timed(directory: RunDirectory, stage: str) -> Iterator[None]:
-    """Adds the seconds that a stage took to run.json."""
-    start = time.perf_counter()
-    yield
-    timings = directory.run["timings"]
-    timings[stage] = round(timings.get(stage, 0.0) + time.perf_counter() - start, 2)
-    directory.update_run(timings=timings)
 
 
 @contextmanager
@@ -326,7 +254,7 @@ class _ModelStudy:
         """Times a stage, and tells the progress of its begin and end and of what it reports in between."""
         label = f"{self.name}: {name}"
         self.progress(label, 0, 1)
-        with _timed(self.directory, f"{self.slug}: {name}"):
+        with timed(self.directory, f"{self.slug}: {name}"):
             units = [1, 1]
 
             def step(done: int, total: int) -> None:
@@ -337,27 +265,13 @@ class _ModelStudy:
         self.progress(label, units[1], units[1])
 
     def _describe(self) -> None:
-        config = self.model.config
-        tokenizer = self.model.tokenizer
-        description = {
-            "name": self.name,
-            "slug": self.slug,
-            "description": f"{config.family}, {config.n_layers} × {config.n_heads} heads, d_model {config.d_model}",
-            "n_layers": config.n_layers,
-            "n_heads": config.n_heads,
-            "n_kv_heads": config.kv_heads,
-            "n_params": config.n_params,
-            "config": asdict(config),
-            "tokenizer": tokenizer.name if tokenizer is not None else None,
-            "adds_bos": tokenizer.adds_bos if tokenizer is not None else None,
-            "fingerprint": fingerprint(self.model),
-        }
+        description = describe(self.model, self.name, self.slug)
         models = {model["slug"]: model for model in self.directory.run["models"]}
         before = models.get(self.slug)
         if before is not None and before["fingerprint"] != description["fingerprint"]:
             raise StoreError(f"{self.directory.path} was run with other weights of {self.name}; it cannot be resumed")
         models[self.slug] = description
-        in_order = [models[slug] for slug in _slugs(self.settings.models) if slug in models]
+        in_order = [models[slug] for slug in slugs_of(self.settings.models) if slug in models]
         self.directory.update_run(models=in_order)
 
     def _build_tasks(self) -> None:
@@ -480,9 +394,9 @@ class _ModelStudy:
                     progress=step,
                 )
             about = {"task_seed": task.seed, "template": task.template, "task_fingerprint": task.fingerprint()}
-            _write_scores(self.directory, file, replace(scores, settings=scores.settings | about))
+            write_scores(self.directory, file, replace(scores, settings=scores.settings | about))
         self._write_csv()
-        return _read_scores(self.directory, file)
+        return read_scores(self.directory, file)
 
     def _write_csv(self) -> None:
         """All sweeps that are there as one table, made anew: its rows cannot be fewer or more than the sweeps'."""
@@ -492,11 +406,7 @@ class _ModelStudy:
             for task, scores in scores_of(self.directory, model["slug"]).items()
             for row in scores.table()
         ]
-        text = io.StringIO()
-        writer = csv.DictWriter(text, rows[0].keys(), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-        self.directory.write_text("scores.csv", text.getvalue())
+        self.directory.write_text("scores.csv", csv_text(rows))
 
     def _discover(self, file: str, name: str, task: Task, ablation: Ablation) -> None:
         if self.directory.has(file):
@@ -561,12 +471,3 @@ class _ModelStudy:
                 "union": {"heads": either.heads, "mlps": either.mlps},
             },
         )
-
-
-def fingerprint(model: HookedTransformer) -> str:
-    """A short hash of a model's configuration and of a sample of its weights, to tell one checkpoint from another."""
-    digest = hashlib.sha256(repr(model.config).encode())
-    for name, value in model.state_dict().items():
-        sample = value.flatten()[:: max(1, value.numel() // 1024)].float().cpu().contiguous()
-        digest.update(name.encode() + sample.numpy().tobytes())
-    return digest.hexdigest()[:16]

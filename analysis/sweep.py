@@ -16,7 +16,7 @@ from subcircuit.engine.config import ModelConfig
 from subcircuit.engine.dictionary import SparseDictionary
 from subcircuit.engine.errors import PatchError
 from subcircuit.engine.model import HookedTransformer
-from subcircuit.engine.patching import Component, Site, Source, patch_effects
+from subcircuit.engine.patching import Component, Effects, Site, Source, patch_effects
 from subcircuit.engine.patching.metric import Metric
 from subcircuit.engine.patching.session import Executor, Precision
 from subcircuit.engine.patching.sites import Kind
@@ -198,6 +198,32 @@ def sweep(
         progress=progress,
         metric=metric,
     )
+    return exact_scores(
+        model,
+        task,
+        sites,
+        result,
+        source=source,
+        executor=executor,
+        precision=precision,
+        metric=metric,
+        check=check,
+    )
+
+
+def exact_scores(
+    model: HookedTransformer,
+    task: Task,
+    sites: tuple[Site, ...],
+    result: Effects,
+    *,
+    source: Source,
+    executor: Executor,
+    precision: Precision,
+    metric: Metric,
+    check: int,
+) -> Scores:
+    """Scores of measured effects, with the settings that they were measured with; `check` rows are run once more."""
     settings: dict[str, Any] = {
         "method": "exact patching",
         "metric": metric,

@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.container import BarContainer
 
-from subcircuit.analysis.figures import _LETTER_INCHES, _STYLE, FAINT, SOFT, _boxed, _svg, task_colour, words
+from subcircuit.analysis.drawing import FAINT, LETTER_INCHES, SOFT, STYLE, boxed, svg_text, task_colour, words
 
 RANDOM = "#8a90a0"
 
@@ -28,10 +28,10 @@ def transfer_figure(rows: Sequence[Mapping[str, Any]], title: str) -> str:
     group = bar * (1 + 2 * len(circuits)) + 0.25
     names = [words(kind) for kind in kinds]
     legend_inches = 0.19 * (2 + len(circuits))
-    below = 0.3 + 0.6 * _LETTER_INCHES * max(map(len, names)) + legend_inches
-    with mpl.rc_context(_STYLE):
+    below = 0.3 + 0.6 * LETTER_INCHES * max(map(len, names)) + legend_inches
+    with mpl.rc_context(STYLE):
         width = max(group * len(kinds), 3.4)
-        figure, axes = _boxed(width, 2.0, title, 0.75, 0.3, below)
+        figure, axes = boxed(width, 2.0, title, 0.75, 0.3, below)
         left = np.arange(len(kinds)) * group
         full = [at[kind, circuits[0]]["full"] for kind in kinds]
         handles: list[Any] = [axes.bar(left, full, bar, facecolor="white", edgecolor=SOFT)]
@@ -49,7 +49,7 @@ def transfer_figure(rows: Sequence[Mapping[str, Any]], title: str) -> str:
         axes.set_yticks([0, 0.5, 1.0], ["0", "50 %", "100 %"])
         handles, labels = [*handles, random], [*labels, "without as many random heads"]
         figure.legend(handles, labels, loc="lower left", frameon=False, fontsize=8, bbox_to_anchor=(0.0, 0.0))
-        return _svg(figure)
+        return svg_text(figure)
 
 
 def _bars(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import sys
+from itertools import pairwise
 from typing import Annotated
 
 import typer
@@ -101,10 +102,21 @@ def main() -> None:
 
 
 def _how_to_resume(arguments: list[str]) -> str:
-    if arguments[:1] != ["study"]:
+    if arguments[:1] != ["study"] and not (arguments[:1] == ["sweep"] and _writes_a_run(arguments)):
         return ""
     again = [argument for argument in arguments if argument not in ("--overwrite", "--resume")]
     return f"; to go on: {shlex.join(['subcircuit', *again, '--resume'])}"
+
+
+def _writes_a_run(arguments: list[str]) -> bool:
+    """Whether a sweep's --out is a run directory: anything but a CSV file."""
+    words = [
+        word
+        for argument in arguments
+        for word in (argument.split("=", 1) if argument.startswith("--out=") else [argument])
+    ]
+    targets = [after for word, after in pairwise(words) if word in ("--out", "-o")]
+    return bool(targets) and not targets[-1].endswith(".csv")
 
 
 def _fail(message: str, status: int) -> None:

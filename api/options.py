@@ -82,3 +82,13 @@ def bytes_of(text: str | None) -> int | None:
     if n_bytes < 1:
         raise typer.BadParameter(f"memory {text!r}: expected a size such as 4GB or 512MiB")
     return n_bytes
+
+
+def positions_of(text: str | None) -> str | list[int] | None:
+    """Positions such as `-1` or `4,6`; `each` and None as they are."""
+    if text is None or text == "each":
+        return text
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise typer.BadParameter(f"positions {text!r}: expected integers joined by commas, or 'each'") from None

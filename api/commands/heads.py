@@ -187,7 +187,7 @@ def _figures(
 ) -> dict[str, str]:
     """SVG texts by name: the roles of all tasks, and per task OV scores and each head's attention."""
     from subcircuit.analysis import head_figures as figures
-    from subcircuit.analysis.figures import words
+    from subcircuit.analysis.drawing import words
 
     drawn = {"roles": figures.roles_figure(found, shown, f"{model}: what heads do")}
     for name, each in found.items():

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import subcircuit as sc
-from subcircuit.commands.sweep import _positions
 from subcircuit.console import new_table, out
 from subcircuit.options import (
     DeviceOption,
@@ -21,6 +20,7 @@ from subcircuit.options import (
     SeedOption,
     TaskOption,
     TemplateOption,
+    positions_of,
 )
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def lens(
     from subcircuit.analysis.store import write_whole
     from subcircuit.analysis.study import suitable_threads
 
-    where = _positions(positions) or "last"
+    where = positions_of(positions) or "last"
     loaded = sc.load(model, dtype=dtype, device=device)
     prompts = sc.task(task, loaded, n=n, seed=seed, template=template, filter=only_answered)
     with suitable_threads(loaded):
@@ -75,7 +75,7 @@ def lens(
 
 def _figures(read: Lens, rows: list[dict[str, Any]]) -> dict[str, str]:
     from subcircuit.analysis import lens_figures as figures
-    from subcircuit.analysis.figures import words
+    from subcircuit.analysis.drawing import words
 
     name = words(Path(read.task.name).stem)
     return {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -34,6 +35,7 @@ from subcircuit.options import (
     TaskOption,
     TemplateOption,
     bytes_of,
+    positions_of,
 )
 
 CALLED = 0.05
@@ -71,20 +73,34 @@ def sweep(
     check: Annotated[int, typer.Option(min=0, help="Rows to run once more in float64; 0 for none.")] = 4,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what it would cost.")] = False,
     top: Annotated[int, typer.Option(min=1, help="Sites to print, the largest effects first.")] = 10,
-    csv_file: Annotated[Path | None, typer.Option("--out", "-o", help="Write every site to this CSV file.")] = None,
+    target: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", help="Write every site to a .csv file, or the whole sweep to a run directory."),
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run that is there.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete the run that is there.")] = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
     """Patch every component in turn and measure its effect on the logit difference, or on another metric."""
+    from subcircuit.analysis.durable import durable_sweep
     from subcircuit.analysis.study import suitable_threads
 
     if metric is not Metric.logit_difference and (method is not SweepMethod.exact or screen is not None):
         raise typer.BadParameter("--metric needs the exact method: gradients are of the logit difference")
+    csv_file = target if target is not None and target.suffix == ".csv" else None
+    folder = target if csv_file is None else None
+    if folder is None and (resume or overwrite):
+        raise typer.BadParameter("--resume and --overwrite are for a run directory; expected --out with a folder")
+    if folder is not None and (method is not SweepMethod.exact or screen is not None):
+        raise typer.BadParameter(
+            f"{folder}: a run directory holds an exact sweep of all sites; expected --out NAME.csv"
+        )
     loaded = sc.load(model, dtype=dtype, device=device)
     prompts = sc.task(task, loaded, n=n, seed=seed, template=template, filter=only_answered)
     options: dict[str, Any] = {
         "source": source,
-        "positions": _positions(positions),
+        "positions": positions_of(positions),
         "precision": precision.value,
         "budget_bytes": bytes_of(budget),
     }
@@ -103,7 +119,15 @@ def sweep(
             scores, top = screening.scores, screening.k
         elif method is SweepMethod.exact:
             options |= {"executor": executor.value, "metric": metric.value, "check": check}
-            scores = sc.sweep(loaded, prompts, components, **options)
+            if folder is None:
+                scores = sc.sweep(loaded, prompts, components, **options)
+            else:
+                options |= {
+                    "resume": resume,
+                    "overwrite": overwrite,
+                    "command": shlex.join(["subcircuit", *sys.argv[1:]]),
+                }
+                scores = durable_sweep(loaded, prompts, folder, components, **options)
         else:
             options |= {"method": method.value, "steps": steps}
             scores = sc.gradient_scores(loaded, prompts, components, **options)
@@ -115,8 +139,8 @@ def sweep(
         print(json.dumps({"settings": scores.settings, **found, "sites": rows}))
     else:
         _print_scores(scores, screening, rows, top)
-        if csv_file is not None:
-            out.print(f"All sites: {csv_file}")
+        if target is not None:
+            out.print(f"All sites: {csv_file or target / 'scores.csv'}")
     _report_check(scores)
 
 
@@ -187,12 +211,3 @@ def _print_plan(plan: sc.Plan) -> None:
 
 def _flops(n: int) -> str:
     return f"{n / 1e9:,.2f} GFLOP"
-
-
-def _positions(text: str | None) -> str | list[int] | None:
-    if text is None or text == "each":
-        return text
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise typer.BadParameter(f"positions {text!r}: expected integers joined by commas, or 'each'") from None

@@ -116,7 +116,7 @@ class EdgeRun(DeltaRun):
             resid = self._layer(layer, resid, patches, first, changes).resid_post
         final = None if resid is None else resid[:, :, -1:]
         final = _with_own(final, changes.at([LOGITS], 1), changes.n_sets)
-        return self.leave(Rows([()] * changes.n_sets, {}, (final, None), self.config.n_layers, first))
+        return self.leave(Rows([()] * changes.n_sets, Patches({}, {}), (final, None), self.config.n_layers, first))
 
     def sender_changes(
         self, names: Iterable[str], base: PatchSet, first: int, n_read: int | None = None

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from patching_cases import CONFIGS, random_model, random_sequence_task
+from subcircuit.analysis import ov
 from subcircuit.analysis.attention import attention_lookups, mean_attention, repeated_token_measures
 from subcircuit.analysis.heads import ROLES, head_roles, shared_roles
 from subcircuit.analysis.ov import ov_scores, qk_scores
@@ -59,6 +60,24 @@ def test_ov_ranks_equal_a_plain_loop_over_heads(case):
             wanted = logits.gather(2, chain[:, None].expand(-1, 3, -1))
             ranks = (logits[:, :, None] > wanted[..., None]).sum(-1)
             assert torch.equal(scores.ranks[layer, head].long(), ranks)
+
+
+@pytest.mark.parametrize(("logits_at_once", "compared_at_once"), [(50 * 7, 50 * 3), (50 * 300, 50 * 11), (1, 1)])
+def test_ov_ranks_are_the_same_in_tiles_of_any_size(case, monkeypatch, logits_at_once, compared_at_once):
+    model, task = case
+    whole, steps = ov_scores(model, task, own_norm=True), []
+    monkeypatch.setattr(ov, "LOGITS_AT_ONCE", logits_at_once)
+    monkeypatch.setattr(ov, "COMPARED_AT_ONCE", compared_at_once)
+    tiled = ov_scores(model, task, own_norm=True, progress=lambda done, total: steps.append((done, total)))
+    assert torch.equal(tiled.ranks, whole.ranks)
+    assert steps[-1] == (3, 3)
+    # 4 heads of 11 prompts with 3 members are 132 rows a layer: the second size has room for two layers at once.
+    assert len(steps) == (2 if logits_at_once == 50 * 300 else 3)
+
+
+def test_equal_logits_do_not_count_as_higher():
+    logits = torch.tensor([[2.0, 1.0, 2.0, 3.0], [0.0, 0.0, 0.0, 0.0]])
+    assert ov._n_higher(logits, torch.tensor([[0, 1, 3], [0, 1, 3]])).tolist() == [[1, 3, 0], [0, 0, 0]]
 
 
 def test_qk_scores_are_shares_of_pairs(case):

@@ -11,7 +11,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from subcircuit.analysis import figures
+from subcircuit.analysis import drawing, figures
 from subcircuit.analysis.circuit import Circuit, TraceStep, intersection, union
 from subcircuit.analysis.report import render_report, write_report
 from subcircuit.analysis.store import RunDirectory
@@ -288,13 +288,13 @@ def test_an_overlay_has_a_mark_for_every_node_and_task(n_layers: int, n_heads: i
     svg = figures.overlay_figure(circuits, n_layers, n_heads, "overlay")
     shared = intersection(list(circuits.values()))
     for i, (task, circuit) in enumerate(circuits.items()):
-        marks = re.findall(rf"<use [^>]*fill: {figures.task_colour(i)}", svg, flags=re.IGNORECASE)
+        marks = re.findall(rf"<use [^>]*fill: {drawing.task_colour(i)}", svg, flags=re.IGNORECASE)
         assert len(marks) == len(circuit) + 2, "its nodes, its line of the legend, and its part in that of all"
-        line = f"{figures.words(task)}: {len(circuit.heads)} heads and {len(circuit.mlps)} MLPs"
+        line = f"{drawing.words(task)}: {len(circuit.heads)} heads and {len(circuit.mlps)} MLPs"
         assert any(text.startswith(line) for text in texts(svg))
     assert f"in every circuit: {len(shared.heads)} heads and {len(shared.mlps)} MLPs" in texts(svg)
     free = n_layers * (n_heads + 1) - len(union(list(circuits.values())))
-    assert len(re.findall(rf"<use [^>]*fill: {figures.FAINT}", svg, flags=re.IGNORECASE)) == free
+    assert len(re.findall(rf"<use [^>]*fill: {drawing.FAINT}", svg, flags=re.IGNORECASE)) == free
 
 
 def test_a_heat_map_writes_out_what_is_largest_and_leaves_out_what_was_not_measured() -> None:

@@ -14,6 +14,7 @@ from subcircuit.analysis import metrics
 from subcircuit.analysis import study as study_module
 from subcircuit.analysis.circuit import Circuit
 from subcircuit.analysis.faithfulness import score
+from subcircuit.analysis.records import fingerprint, slugs_of
 from subcircuit.analysis.report import write_report
 from subcircuit.analysis.stages import TASK_STAGES
 from subcircuit.analysis.study import StudySettings, circuits_of, scores_of, study
@@ -271,7 +272,7 @@ def test_other_weights_of_the_same_name_do_not_resume_a_run(tmp_path, monkeypatc
 
 
 def test_two_models_of_one_folder_name_do_not_share_their_files():
-    assert study_module._slugs(("a/model", "a-model", "./a-model", "tiny-gpt2", "???", "a-model-2")) == [
+    assert slugs_of(("a/model", "a-model", "./a-model", "tiny-gpt2", "???", "a-model-2")) == [
         "a-model",
         "a-model-2",
         "a-model-3",
@@ -318,5 +319,5 @@ def test_a_run_says_where_it_came_from(run):
     assert about["started"] <= about["finished"]
     assert about["peak_memory_bytes"] > 2**20
     (model,) = about["models"]
-    assert model["fingerprint"] == study_module.fingerprint(load("tiny-gpt2"))
+    assert model["fingerprint"] == fingerprint(load("tiny-gpt2"))
     assert all(seconds >= 0 for seconds in about["timings"].values())

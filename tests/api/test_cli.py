@@ -249,6 +249,47 @@ def test_an_interrupted_study_says_how_to_go_on(run, tmp_path, monkeypatch):
     assert err.strip() == f"error: interrupted; to go on: {again}"
 
 
+@pytest.mark.parametrize("given", ["--out {}", "-o {}", "--out={}"])
+def test_an_interrupted_sweep_goes_on_as_it_says(run, tmp_path, monkeypatch, given):
+    folder = tmp_path / "run"
+    sweep = ("sweep", *TINY, "--task", "months", *given.format(folder).split(), "--quiet", "--json")
+    real, calls = sc.DeltaSession.effects, []
+
+    def effects(self, sites, **options):
+        calls.append(len(sites))
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(self, sites, **options)
+
+    monkeypatch.setattr(sc.DeltaSession, "effects", effects)
+    monkeypatch.setattr("subcircuit.analysis.durable.ROWS_PER_BLOCK", {"cpu": 64})
+    status, out, err = run(*sweep)
+    assert (status, out) == (130, "")
+    again = shlex.split(err.strip().removeprefix("error: interrupted; to go on: subcircuit "))
+    assert again == [*map(str, sweep), "--resume"]
+    assert run(*sweep)[0] == 2, "without --resume nothing is written over"
+    calls[:] = [0, 0]
+    status, out, err = run(*again)
+    assert (status, err) == (0, "")
+    found = json.loads(out)
+    assert calls[2:], "the rest of the blocks"
+    assert sum(calls) == len(found["sites"]) - 16, "but not the first one"
+    assert found["settings"]["check"]["passed"]
+    plain = json.loads(run("sweep", *TINY, "--task", "months", "--quiet", "--json")[1])
+    expected = {row["site"]: row["effect"] for row in plain["sites"]}
+    assert {row["site"]: row["effect"] for row in found["sites"]} == pytest.approx(expected, rel=1e-4, abs=1e-5)
+    assert run("sweep", *TINY, "--task", "numerals", "--out", folder, "--resume")[0] == 2
+
+
+def test_an_interrupted_sweep_without_a_run_directory_has_nothing_to_go_on_with(run, tmp_path, monkeypatch):
+    def die(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sc, "sweep", die)
+    for out in ((), ("--out", tmp_path / "s.csv"), (f"--out={tmp_path / 's.csv'}",)):
+        assert run("sweep", *TINY, "--task", "months", *out) == (130, "", "error: interrupted\n")
+
+
 @pytest.mark.parametrize("arguments", [(), ("--help",), ("-h",), ("study", "--help")])
 def test_help_is_shown_where_nothing_is_asked_for(run, arguments):
     status, out, err = run(*arguments)
@@ -328,6 +369,10 @@ def test_bars_on_a_terminal_show_rate_and_time_left(monkeypatch):
         (("discover", *TINY, "--task", "months", "--method", "eap"), "n_edges None, threshold None"),
         (("discover", *TINY, "--task", "months", "--method", "eap", "--n-edges", "99999"), "out of range"),
         (("discover", *TINY, "--task", "months", "--threshold", "-1"), "must be positive"),
+        (("sweep", *TINY, "--task", "months", "--out", "s.csv", "--resume"), "are for a run directory"),
+        (("sweep", *TINY, "--task", "months", "--overwrite"), "are for a run directory"),
+        (("sweep", *TINY, "--task", "months", "--out", "unused", "--method", "atp"), "holds an exact sweep"),
+        (("sweep", *TINY, "--task", "months", "--out", "unused", "--screen", 3), "holds an exact sweep"),
         (("study", *TINY, "--out", "unused", "--tasks", "months,colours"), "'colours' is not known"),
         (("study", *TINY, "--out", "unused", "--tasks", ","), "at least one model and one task"),
         (("study", *TINY, "--out", "unused", "--threshold", "-5"), "must be positive"),

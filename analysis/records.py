@@ -1,0 +1,138 @@
+"""What a run writes down: sweeps as files, models, versions, times."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+import platform
+import re
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from datetime import UTC, datetime
+from importlib import metadata
+from typing import Any
+
+import torch
+
+from subcircuit.analysis.store import RunDirectory
+from subcircuit.analysis.sweep import Scores
+from subcircuit.engine.config import ModelConfig, RopeScaling
+from subcircuit.engine.errors import StoreError
+from subcircuit.engine.model import HookedTransformer
+from subcircuit.engine.patching import Site
+
+
+def write_scores(directory: RunDirectory, file: str, scores: Scores) -> None:
+    """A sweep as a safetensors file: `effects`, `clean_metric`, and the rest as JSON in its metadata."""
+    about = {
+        "sites": [str(site) for site in scores.sites],
+        "settings": scores.settings,
+        "config": asdict(scores.config),
+    }
+    tensors = {"effects": scores.effects, "clean_metric": scores.clean_metric}
+    # One entry of metadata: safetensors writes several in any order, and the same sweep should be the same file.
+    directory.write_tensors(file, tensors, {"sweep": json.dumps(about)})
+
+
+def read_scores(directory: RunDirectory, file: str) -> Scores:
+    """A sweep from its file. Raises StoreError, naming the file, for one that holds none."""
+    tensors, labels = directory.read_tensors(file)
+    try:
+        about = json.loads(labels["sweep"])
+        scaling = about["config"].pop("rope_scaling")
+        return Scores(
+            tuple(Site.of(site) for site in about["sites"]),
+            tensors["effects"],
+            tensors["clean_metric"],
+            ModelConfig(**about["config"], rope_scaling=scaling and RopeScaling(**scaling)),
+            about["settings"],
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise StoreError(f"{directory.path / file} holds no sweep: {error}") from error
+
+
+def csv_text(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Rows with the same keys as a table."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, rows[0].keys(), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def describe(model: HookedTransformer, name: str, slug: str) -> dict[str, Any]:
+    """What run.json says about a model. slug: its part in the names of files."""
+    config, tokenizer = model.config, model.tokenizer
+    return {
+        "name": name,
+        "slug": slug,
+        "description": f"{config.family}, {config.n_layers} × {config.n_heads} heads, d_model {config.d_model}",
+        "n_layers": config.n_layers,
+        "n_heads": config.n_heads,
+        "n_kv_heads": config.kv_heads,
+        "n_params": config.n_params,
+        "config": asdict(config),
+        "tokenizer": tokenizer.name if tokenizer is not None else None,
+        "adds_bos": tokenizer.adds_bos if tokenizer is not None else None,
+        "fingerprint": fingerprint(model),
+    }
+
+
+def fingerprint(model: HookedTransformer) -> str:
+    """A short hash of a model's configuration and of a sample of its weights, to tell one checkpoint from another."""
+    digest = hashlib.sha256(repr(model.config).encode())
+    for name, value in model.state_dict().items():
+        sample = value.flatten()[:: max(1, value.numel() // 1024)].float().cpu().contiguous()
+        digest.update(name.encode() + sample.numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def slugs_of(models: Sequence[str]) -> list[str]:
+    """A part of a file name per model, no two alike."""
+    slugs: list[str] = []
+    for name in models:
+        plain = re.sub(r"[^A-Za-z0-9_-]+", "-", name).strip("-") or "model"
+        candidates = [plain, *(f"{plain}-{number}" for number in range(2, len(models) + 1))]
+        slugs.append(next(slug for slug in candidates if slug not in slugs))
+    return slugs
+
+
+def versions() -> dict[str, str]:
+    """Of all that the numbers of a run may depend on."""
+    return {
+        "subcircuit": metadata.version("subcircuit"),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "threads": str(torch.get_num_threads()),
+    }
+
+
+def now() -> str:
+    """The time in UTC, to the second."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def peak_memory_bytes() -> int:
+    """The most memory that this process held so far; 0 where the system does not tell."""
+    try:
+        import resource
+    except ImportError:
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+@contextmanager
+def timed(directory: RunDirectory, stage: str) -> Iterator[None]:
+    """Adds the seconds that a stage took to run.json."""
+    start = time.perf_counter()
+    yield
+    timings = directory.run["timings"]
+    timings[stage] = round(timings.get(stage, 0.0) + time.perf_counter() - start, 2)
+    directory.update_run(timings=timings)
