@@ -36,8 +36,8 @@ from subcircuit.engine.patching.session import Executor, Precision, default_budg
 from subcircuit.engine.patching.sites import as_patch_set
 
 BLOCKS = "blocks"
-ROWS_PER_BLOCK = {"cpu": 1024, "cuda": 65536}
-"""What is lost at most when a sweep is killed: seconds of work."""
+ROWS_PER_BLOCK = {"cpu": 512, "cuda": 65536}
+"""What is lost at most when a sweep is killed: some seconds of work, rarely half a minute."""
 LEAST_SITES = 16
 """In a block: with more prompts than memory holds, every block runs them anew without patches."""
 
