@@ -208,7 +208,7 @@ class DeltaRun:
 
     def set_base(self, base: PatchSet, first: int) -> None:
         """Let all rows share the patches of `base`, whose difference starts at position `first`."""
-        n_kept = _first_difference(self._base, base, self.config.n_layers) + 1
+        n_kept = first_difference(self._base, base, self.config.n_layers) + 1
         if first != self._base_first:
             n_kept = 0
         self._base, self._base_first = base, first
@@ -232,7 +232,8 @@ class DeltaRun:
         how much they depart there, if given."""
         first = min(start.first, self._base_first) if self._base else start.first
         patches = self._patches([(*self._base, *patch_set) for patch_set in patch_sets], first, start.layer)
-        delta = self._base_delta(start.layer)
+        # Before its own first position the base makes no difference.
+        delta = _from_earlier(self._base_delta(start.layer), max(0, self._base_first - first))
         if departures is not None:
             departures.include(self._patched_resid(start.layer, delta, patches), self._clean_entering(start.layer))
         if start.layer == self.config.n_layers:
@@ -424,6 +425,12 @@ def _last(delta: Delta | None) -> Float[Tensor, "#set prompt d"] | None:
     return None if delta is None else delta[:, :, -1]
 
 
+def _from_earlier(delta: Split, n_pos: int) -> Split:
+    """δ from `n_pos` positions earlier on, at which it is 0."""
+    resid, product = (part if part is None else F.pad(part, (0, 0, n_pos, 0)) for part in delta)
+    return resid, product
+
+
 def _joined(delta: Split) -> Delta | None:
     """A residual δ in one piece, in the precision of the clean run."""
     resid, product = delta
@@ -434,7 +441,7 @@ def _joined(delta: Split) -> Delta | None:
     return resid + product
 
 
-def _first_difference(a: PatchSet, b: PatchSet, n_layers: int) -> int:
+def first_difference(a: PatchSet, b: PatchSet, n_layers: int) -> int:
     """The lowest layer in which two patch sets differ; n_layers if in none."""
 
     def in_layer(patch_set: PatchSet, layer: int) -> list[tuple[object, object]]:

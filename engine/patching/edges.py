@@ -156,7 +156,7 @@ class EdgeSession(DeltaSession):
     ) -> Effects:
         effects = torch.zeros(n_sets, self.n_prompts, dtype=self.model.dtype, device=self.model.device)
         clean_metric = torch.empty(self.n_prompts, dtype=self.model.dtype, device=self.model.device)
-        corrupted = all(self._sources.key(source) == "corrupted" for source in {None, *(p.source for p in patches)})
+        corrupted = all(self._sources.key(source) == "corrupted" for source in (None, *(p.source for p in patches)))
         n_done = 0
 
         def count(n_more: int) -> None:
