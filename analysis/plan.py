@@ -9,6 +9,7 @@ from subcircuit.analysis.tasks import Task
 from subcircuit.engine.errors import PatchError
 from subcircuit.engine.model import HookedTransformer
 from subcircuit.engine.patching import Source
+from subcircuit.engine.patching.metric import Metric
 from subcircuit.engine.patching.planner import Plan, plan_effects
 from subcircuit.engine.patching.session import Executor, Precision
 
@@ -23,6 +24,7 @@ def plan(
     executor: Executor = "torch",
     precision: Precision = "fp32",
     budget_bytes: int | None = None,
+    metric: Metric = "logit_difference",
     calibrate: bool = True,
 ) -> Plan:
     """The plan of `sweep` with the same options: rows, chunks, FLOPs, bytes, seconds. No row is computed.
@@ -43,5 +45,6 @@ def plan(
         executor=executor,
         precision=precision,
         budget_bytes=budget_bytes,
+        metric=metric,
         calibrate=calibrate,
     )

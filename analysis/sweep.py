@@ -102,7 +102,8 @@ class Scores:
     def table(self) -> list[dict[str, Any]]:
         """A row per site: name, layer, index, mean effect, share of the clean metric (None where it has none), standard
         error."""
-        errors = self.effects.std(1) / self.effects.shape[1] ** 0.5 if self.effects.shape[1] > 1 else self.mean * 0
+        n_prompts = self.effects.shape[1]
+        errors = self.effects.std(1) / n_prompts**0.5 if n_prompts > 1 else torch.zeros_like(self.mean)
         return [
             {
                 "site": str(site),

@@ -7,8 +7,8 @@ import random
 import pytest
 import torch
 
-from circuit_cases import answered_task, random_circuit
-from patching_cases import CONFIGS, random_model
+from circuit_cases import random_circuit
+from patching_cases import CONFIGS, random_model, task_for
 from subcircuit.analysis import metrics
 from subcircuit.analysis.faithfulness import Ablation, all_nodes
 
@@ -19,7 +19,7 @@ SEED = random.randrange(10**6)
 def case(request):
     print(f"seed {SEED}")
     model = random_model(CONFIGS[request.param], SEED).double()
-    return model, answered_task(model, SEED + 1)
+    return model, task_for(model, SEED + 1)
 
 
 def plain_logits(model, task, kept, source, positions):

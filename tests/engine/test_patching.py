@@ -121,7 +121,8 @@ def test_a_base_that_changes_from_call_to_call_equals_full_forwards(case, source
 def test_a_base_may_start_at_a_later_position_than_its_rows(case):
     model, prompts = case
     session = DeltaSession(model, prompts, precision="fp64")
-    extras = [as_patch_set(Patch(Site.of(site), "mean")) for site in ("a1.h0", at("m1", 0, 2), at("a2.k1", 1), at("r0", 4))]
+    sites = ["a1.h0", at("m1", 0, 2), at("a2.k1", 1), at("r0", 4)]
+    extras = [as_patch_set(Patch(Site.of(site), "mean")) for site in sites]
     extras += [as_patch_set("a2.h1"), ()]
     for base in (as_patch_set(at("a0.h3", -1)), as_patch_set(["a0.h3", "m0"]), as_patch_set(at("r1", 5, -1))):
         whole = [(*base, *extra) for extra in extras]
