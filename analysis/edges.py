@@ -150,16 +150,18 @@ def edge_score(
     source: Source = "mean",
     executor: Executor = "torch",
     precision: Precision = "fp32",
+    metric: Metric = "logit_difference",
     budget_bytes: int | None = None,
 ) -> float:
-    """100 · LD(circuit) / LD(full): what a circuit of edges recovers when every other edge of the model is removed.
+    """100 · LD(circuit) / LD(full), or the score of another metric as `Ablation` defines it: what a circuit of edges
+    recovers when every other edge of the model is removed.
 
     Raises PatchError for a circuit without edges or with one that the model lacks, TaskError when the full model does
     not prefer the answers.
     """
     if not circuit.edges:
         raise PatchError("the circuit has no edges to score; `score` takes circuits of nodes")
-    options: dict[str, Any] = {"source": source, "executor": executor, "precision": precision}
+    options: dict[str, Any] = {"source": source, "executor": executor, "precision": precision, "metric": metric}
     return EdgeAblation(model, task, budget_bytes=budget_bytes, **options).score_of(circuit.edges)
 
 

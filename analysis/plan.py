@@ -23,8 +23,8 @@ def plan(
     positions: str | Iterable[int] | None = None,
     executor: Executor = "torch",
     precision: Precision = "fp32",
-    budget_bytes: int | None = None,
     metric: Metric = "logit_difference",
+    budget_bytes: int | None = None,
     calibrate: bool = True,
 ) -> Plan:
     """The plan of `sweep` with the same options: rows, chunks, FLOPs, bytes, seconds. No row is computed.

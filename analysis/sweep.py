@@ -164,10 +164,10 @@ def sweep(
     positions: str | Iterable[int] | None = None,
     executor: Executor = "torch",
     precision: Precision = "fp32",
+    metric: Metric = "logit_difference",
     budget_bytes: int | None = None,
     check: int = 0,
     progress: Callable[[int, int], None] | None = None,
-    metric: Metric = "logit_difference",
 ) -> Scores:
     """Patch every component in turn, each on every prompt of the task, and measure what it changes.
 

@@ -105,6 +105,8 @@ def _write_figure(file: Path, curve: Curve, task: str) -> None:
 
 def _print(circuit: sc.Circuit, found: Evaluation, curve: Curve, baseline: Baseline | None) -> None:
     out.print(f"{circuit}\n")
+    if circuit.edges:
+        out.print("Its nodes are judged, with all edges between them.\n")
     table = new_table("", "points", "95 % interval", "")
     rows = [("recovered", found.recovered, "by the circuit alone")]
     rows += [("destroyed", found.destroyed, "by ablating the circuit alone")]

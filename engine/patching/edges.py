@@ -64,10 +64,10 @@ class EdgeSession(DeltaSession):
         prompts: AlignedPrompts,
         *,
         source: Source = "corrupted",
-        precision: Precision = "fp32",
-        budget_bytes: int | None = None,
         executor: DeltaExecutor = "torch",
+        precision: Precision = "fp32",
         metric: Metric = "logit_difference",
+        budget_bytes: int | None = None,
     ) -> None:
         super().__init__(
             model,

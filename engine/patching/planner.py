@@ -83,8 +83,8 @@ def plan_effects(
     source: Source = "corrupted",
     executor: DeltaExecutor = "torch",
     precision: Precision = "fp32",
-    budget_bytes: int | None = None,
     metric: Metric = "logit_difference",
+    budget_bytes: int | None = None,
     calibrate: bool = True,
 ) -> Plan:
     """The plan of `patch_effects` with the same arguments, from the session's own layout; no row is computed.

@@ -105,10 +105,10 @@ class DeltaSession:
         prompts: AlignedPrompts,
         *,
         source: Source = "corrupted",
-        precision: Precision = "fp32",
-        budget_bytes: int | None = None,
         executor: DeltaExecutor = "torch",
+        precision: Precision = "fp32",
         metric: Metric = "logit_difference",
+        budget_bytes: int | None = None,
     ) -> None:
         check_prompts(model, prompts)
         check_metric(metric)
@@ -408,9 +408,9 @@ def patch_effects(
     source: Source = "corrupted",
     executor: Executor = "torch",
     precision: Precision = "fp32",
+    metric: Metric = "logit_difference",
     budget_bytes: int | None = None,
     progress: Progress | None = None,
-    metric: Metric = "logit_difference",
 ) -> Effects:
     """Effects of patch sets on every prompt: `[set, prompt]`, metric(patched row) − metric(clean run).
 
