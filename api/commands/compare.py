@@ -72,6 +72,8 @@ def _named(circuits: list[sc.Circuit], files: list[Path]) -> dict[str, sc.Circui
     stems = [file.stem for file in files]
     unique = len(set(stems)) == len(stems)
     names = stems if unique else [str(file) for file in files]
+    if len(set(names)) < len(names):
+        raise typer.BadParameter(f"a circuit is given twice: {', '.join(names)}")
     return dict(zip(names, circuits, strict=True))
 
 

@@ -344,13 +344,14 @@ def _reference(
     budget = default_budget(model.device) if budget_bytes is None else budget_bytes
     size = max(1, budget // 4 // clean_bytes(model.config, n_pos, 8))
     sources = Sources(model, prompts, [*patch_sets, _every_sender(EdgeIndex(model.config))], source, size)
-    effects = torch.empty(len(rows), n_prompts, dtype=model.dtype, device=model.device)
-    clean_metric = torch.empty(n_prompts, dtype=model.dtype, device=model.device)
+    dtype = torch.promote_types(model.dtype, torch.float32)  # differences of rounded metrics are not rounded again
+    effects = torch.empty(len(rows), n_prompts, dtype=dtype, device=model.device)
+    clean_metric = torch.empty(n_prompts, dtype=dtype, device=model.device)
     n_done = 0
     for chunk in torch.arange(n_prompts).split(size):
         with torch.no_grad():
             reference = EdgeReference(model, prompts, chunk, sources, base, metric)
-            clean_metric[chunk] = reference.clean()
+            clean_metric[chunk] = reference.clean().to(dtype)
             for i, row in enumerate(rows):
                 effects[i, chunk] = row(reference) - clean_metric[chunk]
                 n_done += len(chunk)

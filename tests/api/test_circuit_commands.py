@@ -62,8 +62,10 @@ def test_a_circuit_without_a_model_needs_one(run, files):
     )
     assert run("compare", files[0])[2] == "error: 1 circuits cannot be compared; expected at least two\n"
     status, _, err = run("compare", files[0], "missing.json")
+    assert (status, err) == (2, "error: missing.json: No such file or directory\n")
+    status, _, err = run("compare", files[0], files[0])
     assert status == 2
-    assert "missing.json" in err
+    assert "a circuit is given twice" in err
 
 
 def test_faithfulness_judges_a_circuit(run, files, tmp_path):

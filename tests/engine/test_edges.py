@@ -166,6 +166,13 @@ def test_a_session_serves_changing_bases(case, rng):
         assert relative_error(session.edge_effects(sets, base).effects, reference.effects) < 1e-10
 
 
+@pytest.mark.parametrize("effects", [edge_effects, path_effects])
+def test_effects_of_full_forwards_in_bfloat16_are_float32_as_those_of_patches_are(case, effects):
+    model, prompts = case
+    result = effects(model, prompts, [("a0.h0", "m1")], executor="reference", precision="bf16")
+    assert result.effects.dtype == result.clean_metric.dtype == torch.float32
+
+
 def test_bases_may_hold_tensors(case, rng):
     model, prompts = case
     session = EdgeSession(model, prompts, precision="fp64")
