@@ -16,26 +16,8 @@ import pytest
 from rich.console import Console
 
 import subcircuit as sc
-from subcircuit import cli, console, options
+from subcircuit import console, options
 from subcircuit.analysis import sweep as sweep_module
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """Run a command in this process: (exit status, standard output, standard error)."""
-
-    def command(*arguments):
-        monkeypatch.setattr(sys, "argv", ["subcircuit", *map(str, arguments)])
-        status = 0
-        try:
-            cli.main()
-        except SystemExit as end:
-            status = end.code or 0
-        captured = capsys.readouterr()
-        return status, captured.out, captured.err
-
-    return command
-
 
 TINY = ("--model", "tiny-gpt2", "--n", 4)
 
