@@ -177,7 +177,9 @@ class Circuit:
         """Raises StoreError that names the file when it cannot be read as a circuit."""
         try:
             return cls.from_json(Path(path).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, StoreError) as error:
+        except OSError as error:
+            raise StoreError(f"{os.fspath(path)}: {error.strerror}") from error
+        except (UnicodeDecodeError, StoreError) as error:
             raise StoreError(f"{os.fspath(path)}: {error}") from error
 
     def to_dot(self, group_size: int = 1) -> str:

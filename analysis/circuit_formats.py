@@ -24,12 +24,12 @@ from typing import Any
 import torch
 
 from subcircuit.analysis.circuit import Circuit
-from subcircuit.analysis.eap import EdgeScores, readers
+from subcircuit.analysis.eap import EdgeScores
 from subcircuit.analysis.store import write_whole
 from subcircuit.engine.config import ModelConfig
 from subcircuit.engine.errors import PatchError, StoreError
 from subcircuit.engine.patching import Component
-from subcircuit.engine.patching.graph import INPUT, LOGITS, Edge, edges, receivers, senders
+from subcircuit.engine.patching.graph import INPUT, LOGITS, Edge, edges, readers, receivers, senders
 
 
 def to_mib(circuit: Circuit, config: ModelConfig, scores: EdgeScores | None = None) -> dict[str, Any]:

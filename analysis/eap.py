@@ -35,7 +35,7 @@ from subcircuit.engine.errors import PatchError
 from subcircuit.engine.model import HookedTransformer
 from subcircuit.engine.patching import Component, Patch, Site, Source
 from subcircuit.engine.patching.gradients import ENTRY, MetricPass
-from subcircuit.engine.patching.graph import INPUT, LOGITS, Edge, check_edge, n_senders_to, receivers, senders
+from subcircuit.engine.patching.graph import INPUT, LOGITS, Edge, check_edge, n_senders_to, readers, receivers, senders
 from subcircuit.engine.patching.memory import clean_bytes
 from subcircuit.engine.patching.session import check_prompts, default_budget, in_dtype
 from subcircuit.engine.patching.sources import PromptChunk, Sources
@@ -252,17 +252,6 @@ def _through_norm(
     with torch.enable_grad():
         inputs = x[:, None].expand_as(gradients).detach().requires_grad_()
         return torch.autograd.grad(norm(inputs), inputs, gradients)[0]
-
-
-def readers(receiver: str, config: ModelConfig) -> list[str]:
-    """The nodes that an edge into a receiver enters: a head, all heads that read a KV head, an MLP, or `logits`."""
-    if receiver == LOGITS:
-        return [LOGITS]
-    component = Component.parse(receiver)
-    heads = range(component.index, component.index + 1)
-    if component.kind in ("k", "v"):
-        heads = Component(component.layer, "group", component.index).indices(config)
-    return [receiver] if component.kind == "mlp" else [str(Component(component.layer, "z", head)) for head in heads]
 
 
 def connected(edges: Iterable[Edge], config: ModelConfig) -> list[Edge]:

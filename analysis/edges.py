@@ -20,7 +20,7 @@ from subcircuit.analysis.tasks import Task
 from subcircuit.engine.config import ModelConfig
 from subcircuit.engine.errors import PatchError, TaskError
 from subcircuit.engine.model import HookedTransformer
-from subcircuit.engine.patching import Component, Effects, Patch, PatchSet, Site, Source
+from subcircuit.engine.patching import Effects, Patch, PatchSet, Site, Source
 from subcircuit.engine.patching.edge_delta import EdgeSet
 from subcircuit.engine.patching.edges import (
     EdgeSession,
@@ -29,7 +29,7 @@ from subcircuit.engine.patching.edges import (
     patched_activations,
     path_effects,
 )
-from subcircuit.engine.patching.graph import INPUT, LOGITS, Edge, EdgeIndex, check_edge, edges, layer_of
+from subcircuit.engine.patching.graph import INPUT, LOGITS, Edge, check_edge, edges, edges_among, layer_of, readers
 from subcircuit.engine.patching.metric import Metric
 from subcircuit.engine.patching.path_delta import Freeze
 from subcircuit.engine.patching.session import Executor, Precision
@@ -150,16 +150,18 @@ def edge_score(
     source: Source = "mean",
     executor: Executor = "torch",
     precision: Precision = "fp32",
+    metric: Metric = "logit_difference",
     budget_bytes: int | None = None,
 ) -> float:
-    """100 · LD(circuit) / LD(full): what a circuit of edges recovers when every other edge of the model is removed.
+    """100 · LD(circuit) / LD(full), or the score of another metric as `Ablation` defines it: what a circuit of edges
+    recovers when every other edge of the model is removed.
 
     Raises PatchError for a circuit without edges or with one that the model lacks, TaskError when the full model does
     not prefer the answers.
     """
     if not circuit.edges:
         raise PatchError("the circuit has no edges to score; `score` takes circuits of nodes")
-    options: dict[str, Any] = {"source": source, "executor": executor, "precision": precision}
+    options: dict[str, Any] = {"source": source, "executor": executor, "precision": precision, "metric": metric}
     return EdgeAblation(model, task, budget_bytes=budget_bytes, **options).score_of(circuit.edges)
 
 
@@ -171,19 +173,15 @@ def edges_between(
     Receivers are the queries of its heads, the keys and values that they read, its MLPs and the logits; senders are its
     nodes of earlier layers, with `from_input` the embeddings too, with `same_layer` the heads beside an MLP too.
     """
-    nodes = circuit.nodes
-    for node in nodes:
+    for node in circuit.nodes:
         node.check(config)
-    receivers = [receiver for receiver in EdgeIndex(config).receivers if receiver in _inputs(nodes, config)]
-    names = [*([INPUT] if from_input else []), *map(str, nodes)]
 
-    def reaches(sender: str, receiver: str) -> bool:
-        if sender == INPUT or layer_of(sender, config) < layer_of(receiver, config):
-            return True
-        beside = layer_of(sender, config) == layer_of(receiver, config)
-        return same_layer and beside and receiver.startswith("m") and sender.startswith("a")
+    def taken(sender: str, receiver: str) -> bool:
+        if sender == INPUT:
+            return from_input
+        return same_layer or layer_of(sender, config) < layer_of(receiver, config)
 
-    return [(sender, receiver) for receiver in receivers for sender in names if reaches(sender, receiver)]
+    return [edge for edge in edges_among(map(str, circuit.nodes), config) if taken(*edge)]
 
 
 def prune_edges(
@@ -345,13 +343,7 @@ class _Acdc:
         """Whether an edge is kept that leads on from where a receiver sits."""
         if receiver == LOGITS:
             return True
-        part, config = Component.parse(receiver), self.ablation.model.config
-        group = config.group_size if part.kind in ("k", "v") else 1
-        nodes = (
-            [receiver]
-            if part.kind == "mlp"
-            else [str(Component(part.layer, "z", head)) for head in range(part.index * group, (part.index + 1) * group)]
-        )
+        nodes = readers(receiver, self.ablation.model.config)
         return any(sender in nodes for sender, _ in self.kept)
 
     def _decide(self, batch: Sequence[Edge]) -> int:
@@ -377,18 +369,6 @@ def _metrics(result: Effects) -> list[float]:
     """Mean logit difference of each set."""
     means: list[float] = (result.effects.double().mean(1) + result.clean_metric.double().mean()).tolist()
     return means
-
-
-def _inputs(nodes: Iterable[Component], config: ModelConfig) -> set[str]:
-    """What nodes read: queries, the keys and values that they share, MLPs; and the logits."""
-    names = {LOGITS}
-    for node in nodes:
-        if node.kind == "mlp":
-            names.add(str(node))
-        else:
-            kv_head = node.index // config.group_size
-            names |= {f"a{node.layer}.q{node.index}", f"a{node.layer}.k{kv_head}", f"a{node.layer}.v{kv_head}"}
-    return names
 
 
 def _source_name(source: Source) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Collection, Iterable, Sequence
+from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor
@@ -89,8 +90,8 @@ class Ablation:
         positions: tuple[int, ...] | None = None,
         executor: Executor = "torch",
         precision: Precision = "fp32",
-        budget_bytes: int | None = None,
         metric: Metric = "logit_difference",
+        budget_bytes: int | None = None,
     ) -> None:
         self.model, self.task, self.metric, self._positions = model, task, metric, positions
         self.settings = {
@@ -99,7 +100,7 @@ class Ablation:
             "precision": precision,
             "metric": metric,
         }
-        self._source, self._executor, self._precision = source, executor, precision
+        self._source, self._executor, self._precision, self._budget_bytes = source, executor, precision, budget_bytes
         self._session: DeltaSession | None = None
         if executor != "reference":
             self._session = DeltaSession(
@@ -160,6 +161,7 @@ class Ablation:
             executor=self._executor,
             precision=self._precision,
             metric=self.metric,
+            budget_bytes=self._budget_bytes,
         )
 
 
@@ -172,13 +174,15 @@ def score(
     executor: Executor = "torch",
     precision: Precision = "fp32",
     metric: Metric = "logit_difference",
+    budget_bytes: int | None = None,
 ) -> float:
     """100 · LD(circuit) / LD(full), or the score of another metric as `Ablation` defines it: what the circuit recovers
     when every other head and MLP is ablated.
 
     Raises TaskError when the full model does not prefer the answers, PatchError for a node that the model lacks.
     """
-    ablation = Ablation(model, task, source=source, executor=executor, precision=precision, metric=metric)
+    options: dict[str, Any] = {"source": source, "executor": executor, "precision": precision, "metric": metric}
+    ablation = Ablation(model, task, budget_bytes=budget_bytes, **options)
     return ablation.score_of(set(circuit.nodes))
 
 
@@ -217,7 +221,12 @@ def random_circuits(
 
 
 def random_nodes(config: ModelConfig, circuit: Circuit, rng: random.Random, match: str) -> set[Component]:
-    """Nodes of one random circuit: `size` as many heads and MLPs, `layers` as many heads in each layer, same MLPs."""
+    """Nodes of one random circuit: `size` as many heads and MLPs, `layers` as many heads in each layer, same MLPs.
+
+    Raises PatchError for a circuit with a node that the model lacks.
+    """
+    for node in circuit.nodes:
+        node.check(config)
     if match == "layers":
         per_layer = [sum(layer == at for at, _ in circuit.heads) for layer in range(config.n_layers)]
         heads = [(layer, head) for layer, n in enumerate(per_layer) for head in rng.sample(range(config.n_heads), n)]

@@ -20,8 +20,7 @@ from subcircuit.analysis.circuit import Circuit
 from subcircuit.analysis.statistics import hypergeometric_pmf, jaccard_mean, tail_p
 from subcircuit.engine.config import ModelConfig
 from subcircuit.engine.errors import PatchError
-from subcircuit.engine.patching import Component
-from subcircuit.engine.patching.graph import INPUT, LOGITS, Edge, n_senders_to, receivers, senders_to
+from subcircuit.engine.patching.graph import check_edge, edges_among, n_senders_to, receivers
 
 Kind = Literal["nodes", "heads", "mlps", "edges", "edges between shared nodes"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -63,7 +62,7 @@ def overlap(a: Circuit, b: Circuit, config: ModelConfig, kind: Kind = "heads") -
     if kind == "edges":
         return _overlap(kind, (_Draw(n_edges(config), set(a.edges), set(b.edges)),))
     if kind == "edges between shared nodes":
-        possible = edges_between(set(a.nodes) & set(b.nodes), config)
+        possible = set(edges_among(map(str, set(a.nodes) & set(b.nodes)), config))
         return _overlap(kind, (_Draw(len(possible), set(a.edges) & possible, set(b.edges) & possible),))
     raise PatchError(f"overlap of {kind!r} is not known; expected one of {', '.join(KINDS)}")
 
@@ -83,34 +82,13 @@ def check_circuit(circuit: Circuit, config: ModelConfig) -> None:
     """Raises PatchError for a node or edge that the model lacks."""
     for node in circuit.nodes:
         node.check(config)
-    for sender, receiver in circuit.edges:
-        if sender not in senders_to(receiver, config):
-            raise PatchError(f"edge '{sender}' -> '{receiver}' does not exist: no such sender below '{receiver}'")
+    for edge in circuit.edges:
+        check_edge(edge, config)
 
 
 def n_edges(config: ModelConfig) -> int:
     """How many edges a model has, without listing them."""
     return sum(n_senders_to(receiver, config) for receiver in receivers(config))
-
-
-def edges_between(nodes: set[Component], config: ModelConfig) -> set[Edge]:
-    """Every edge whose ends are among some nodes, the input and the logits."""
-    names = {str(node) for node in nodes} | {INPUT}
-    found: set[Edge] = set()
-    for receiver in receivers(config):
-        if receiver == LOGITS or readers(receiver, config) & nodes:
-            found |= {(sender, receiver) for sender in senders_to(receiver, config) if sender in names}
-    return found
-
-
-def readers(receiver: str, config: ModelConfig) -> set[Component]:
-    """The nodes that read a receiver's input: itself, or the heads whose query, key or value it is."""
-    component = Component.parse(receiver)
-    if component.kind == "mlp":
-        return {component}
-    group = config.n_heads // config.kv_heads if component.kind in ("k", "v") else 1
-    heads = range(component.index * group, (component.index + 1) * group)
-    return {Component(component.layer, "z", head) for head in heads}
 
 
 @dataclass(frozen=True)

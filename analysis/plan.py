@@ -9,6 +9,7 @@ from subcircuit.analysis.tasks import Task
 from subcircuit.engine.errors import PatchError
 from subcircuit.engine.model import HookedTransformer
 from subcircuit.engine.patching import Source
+from subcircuit.engine.patching.metric import Metric
 from subcircuit.engine.patching.planner import Plan, plan_effects
 from subcircuit.engine.patching.session import Executor, Precision
 
@@ -22,6 +23,7 @@ def plan(
     positions: str | Iterable[int] | None = None,
     executor: Executor = "torch",
     precision: Precision = "fp32",
+    metric: Metric = "logit_difference",
     budget_bytes: int | None = None,
     calibrate: bool = True,
 ) -> Plan:
@@ -43,5 +45,6 @@ def plan(
         executor=executor,
         precision=precision,
         budget_bytes=budget_bytes,
+        metric=metric,
         calibrate=calibrate,
     )

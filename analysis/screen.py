@@ -28,6 +28,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from subcircuit.analysis.gradients import GradientPrecision, Method, gradient_scores
+from subcircuit.analysis.statistics import rank_correlation
 from subcircuit.analysis.sweep import Components, Scores
 from subcircuit.analysis.tasks import Task
 from subcircuit.engine.errors import PatchError
@@ -74,7 +75,7 @@ class Screening:
     def rank_agreement(self) -> float:
         """Spearman's correlation between mean gradient scores and mean exact effects of the verified sites."""
         rows = {site: row for row, site in enumerate(self.gradient.sites)}
-        return spearman(self.gradient.mean[[rows[site] for site in self.scores.sites]], self.scores.mean)
+        return float(rank_correlation(self.gradient.mean[[rows[site] for site in self.scores.sites]], self.scores.mean))
 
     @property
     def overlap(self) -> float:
@@ -189,17 +190,6 @@ def verify(
             return list(effects), error
         batch = rest[: max(FEWEST_AT_ONCE, len(effects) // 16)]
         first = first + batch
-
-
-def spearman(a: Float[Tensor, "item"], b: Float[Tensor, "item"]) -> float:
-    """Spearman's rank correlation, −1 to 1; tied values share their mean rank. NaN where one side is constant."""
-    return float(torch.corrcoef(torch.stack((_ranks(a), _ranks(b))))[0, 1])
-
-
-def _ranks(values: Float[Tensor, "item"]) -> Float[Tensor, "item"]:
-    _, which, counts = values.unique(return_inverse=True, return_counts=True)
-    ranks: Tensor = counts.cumsum(0) - (counts - 1) / 2
-    return ranks.double()[which]
 
 
 def _gradient_precision(precision: Precision) -> GradientPrecision:

@@ -192,7 +192,7 @@ def scope_positions(task: Task, scope: str) -> tuple[int, ...] | None:
     if scope == "last":
         return (task.pos - 1,)
     if scope not in task.positions:
-        known = ", ".join(["all", "from_difference", "last", *task.positions])
+        known = ", ".join(dict.fromkeys(["all", "from_difference", "last", *task.positions]))
         raise PatchError(f"scope {scope!r} is none of task '{task.name}'; it has {known}")
     return tuple(task.positions[scope])
 

@@ -203,9 +203,10 @@ def rank_correlation(a: Float[Tensor, "*row item"], b: Float[Tensor, " item"]) -
 
 
 def _ranks(values: Float[Tensor, "*row item"]) -> Float[Tensor, "*row item"]:
-    below = (values[..., None, :] < values[..., :, None]).double().sum(-1)
-    equal = (values[..., None, :] == values[..., :, None]).double().sum(-1)
-    return below + (equal - 1) / 2
+    values = values.contiguous()
+    ordered = values.sort().values
+    below, up_to = (torch.searchsorted(ordered, values, right=right) for right in (False, True))
+    return (below + up_to - 1).double() / 2
 
 
 def _log_choose(n: int, k: int) -> float:

@@ -103,7 +103,8 @@ class Scores:
     def table(self) -> list[dict[str, Any]]:
         """A row per site: name, layer, index, mean effect, share of the clean metric (None where it has none), standard
         error."""
-        errors = self.effects.std(1) / self.effects.shape[1] ** 0.5 if self.effects.shape[1] > 1 else self.mean * 0
+        n_prompts = self.effects.shape[1]
+        errors = self.effects.std(1) / n_prompts**0.5 if n_prompts > 1 else torch.zeros_like(self.mean)
         return [
             {
                 "site": str(site),
@@ -169,10 +170,10 @@ def sweep(
     positions: str | Iterable[int] | None = None,
     executor: Executor = "torch",
     precision: Precision = "fp32",
+    metric: Metric = "logit_difference",
     budget_bytes: int | None = None,
     check: int = 0,
     progress: Callable[[int, int], None] | None = None,
-    metric: Metric = "logit_difference",
 ) -> Scores:
     """Patch every component in turn, each on every prompt of the task, and measure what it changes.
 

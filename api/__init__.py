@@ -20,27 +20,42 @@ from typing import TYPE_CHECKING, Any
 from subcircuit.engine import errors
 
 if TYPE_CHECKING:
+    from subcircuit.analysis.attribution import Attribution, attribution
+    from subcircuit.analysis.baselines import Baseline, cell_q_values, random_baseline
+    from subcircuit.analysis.check import Check, check_effects
     from subcircuit.analysis.circuit import Circuit, TraceStep, intersection, union
-    from subcircuit.analysis.compare import cross_task_scores, jaccard_matrix
+    from subcircuit.analysis.compare import Comparison, compare_circuits, cross_task_scores, jaccard_matrix
+    from subcircuit.analysis.curves import Curve, faithfulness_curve, node_curve, node_ranking
+    from subcircuit.analysis.depth import DepthAlignment, align_depths
     from subcircuit.analysis.dictionary_training import TrainingSettings, dictionary_quality, train_dictionary
     from subcircuit.analysis.discover import discover
+    from subcircuit.analysis.durable import durable_sweep
     from subcircuit.analysis.eap import EdgeScores, edge_scores
     from subcircuit.analysis.edges import (
         EdgeAblation,
         EdgeEffects,
+        acdc,
         edge_score,
         edges_between,
         prune_edges,
         verify_edges,
     )
+    from subcircuit.analysis.evaluation import Evaluation, circuits_scored, evaluate_circuit
     from subcircuit.analysis.faithfulness import Ablation, node_drops, random_circuits, score
     from subcircuit.analysis.features import feature_scores, firing_tokens
     from subcircuit.analysis.gradients import gradient_scores
+    from subcircuit.analysis.heads import HeadRoles, head_roles, shared_roles
+    from subcircuit.analysis.lens import Lens, lens
+    from subcircuit.analysis.masks import learn_masks, mask_circuit
+    from subcircuit.analysis.overlap import Overlap, overlap
     from subcircuit.analysis.plan import plan
+    from subcircuit.analysis.pruning import prune_nodes
     from subcircuit.analysis.screen import Screening, screen
+    from subcircuit.analysis.sensitivity import Sensitivity, sensitivity
     from subcircuit.analysis.study import StudySettings, study
     from subcircuit.analysis.sweep import Scores, sweep
     from subcircuit.analysis.tasks import Task, task, task_from_file, task_from_tokens, task_names
+    from subcircuit.analysis.tasks.transfer import transfer_kinds
     from subcircuit.analysis.transfer import Transfer, transfer
     from subcircuit.analysis.truth import Truth, truth, truth_names, truth_report, truth_table
     from subcircuit.engine.ablation import RowAblations
@@ -58,42 +73,168 @@ if TYPE_CHECKING:
     from subcircuit.weights.names import known_models, load
 
 _HOMES = {
-    "analysis.circuit": ("Circuit", "TraceStep", "intersection", "union"),
-    "analysis.compare": ("cross_task_scores", "jaccard_matrix"),
-    "analysis.dictionary_training": ("TrainingSettings", "dictionary_quality", "train_dictionary"),
+    "analysis.attribution": (
+        "Attribution",
+        "attribution",
+    ),
+    "analysis.baselines": (
+        "Baseline",
+        "cell_q_values",
+        "random_baseline",
+    ),
+    "analysis.check": (
+        "Check",
+        "check_effects",
+    ),
+    "analysis.circuit": (
+        "Circuit",
+        "TraceStep",
+        "intersection",
+        "union",
+    ),
+    "analysis.compare": (
+        "Comparison",
+        "compare_circuits",
+        "cross_task_scores",
+        "jaccard_matrix",
+    ),
+    "analysis.curves": (
+        "Curve",
+        "faithfulness_curve",
+        "node_curve",
+        "node_ranking",
+    ),
+    "analysis.depth": (
+        "DepthAlignment",
+        "align_depths",
+    ),
+    "analysis.dictionary_training": (
+        "TrainingSettings",
+        "dictionary_quality",
+        "train_dictionary",
+    ),
     "analysis.discover": ("discover",),
-    "analysis.eap": ("EdgeScores", "edge_scores"),
+    "analysis.durable": ("durable_sweep",),
+    "analysis.eap": (
+        "EdgeScores",
+        "edge_scores",
+    ),
     "analysis.edges": (
         "EdgeAblation",
         "EdgeEffects",
+        "acdc",
         "edge_score",
         "edges_between",
         "prune_edges",
         "verify_edges",
     ),
-    "analysis.faithfulness": ("Ablation", "node_drops", "random_circuits", "score"),
-    "analysis.features": ("feature_scores", "firing_tokens"),
-    "analysis.plan": ("plan",),
+    "analysis.evaluation": (
+        "Evaluation",
+        "circuits_scored",
+        "evaluate_circuit",
+    ),
+    "analysis.faithfulness": (
+        "Ablation",
+        "node_drops",
+        "random_circuits",
+        "score",
+    ),
+    "analysis.features": (
+        "feature_scores",
+        "firing_tokens",
+    ),
     "analysis.gradients": ("gradient_scores",),
-    "analysis.screen": ("Screening", "screen"),
-    "analysis.study": ("StudySettings", "study"),
-    "analysis.sweep": ("Scores", "sweep"),
-    "analysis.tasks": ("Task", "task", "task_from_file", "task_from_tokens", "task_names"),
-    "analysis.transfer": ("Transfer", "transfer"),
+    "analysis.heads": (
+        "HeadRoles",
+        "head_roles",
+        "shared_roles",
+    ),
+    "analysis.lens": (
+        "Lens",
+        "lens",
+    ),
+    "analysis.masks": (
+        "learn_masks",
+        "mask_circuit",
+    ),
+    "analysis.overlap": (
+        "Overlap",
+        "overlap",
+    ),
+    "analysis.plan": ("plan",),
+    "analysis.pruning": ("prune_nodes",),
+    "analysis.screen": (
+        "Screening",
+        "screen",
+    ),
+    "analysis.sensitivity": (
+        "Sensitivity",
+        "sensitivity",
+    ),
+    "analysis.study": (
+        "StudySettings",
+        "study",
+    ),
+    "analysis.sweep": (
+        "Scores",
+        "sweep",
+    ),
+    "analysis.tasks": (
+        "Task",
+        "task",
+        "task_from_file",
+        "task_from_tokens",
+        "task_names",
+    ),
+    "analysis.tasks.transfer": ("transfer_kinds",),
+    "analysis.transfer": (
+        "Transfer",
+        "transfer",
+    ),
+    "analysis.truth": (
+        "Truth",
+        "truth",
+        "truth_names",
+        "truth_report",
+        "truth_table",
+    ),
     "engine.ablation": ("RowAblations",),
-    "analysis.truth": ("Truth", "truth", "truth_names", "truth_report", "truth_table"),
     "engine.cache": ("ActivationCache",),
-    "engine.config": ("ModelConfig", "RopeScaling"),
+    "engine.config": (
+        "ModelConfig",
+        "RopeScaling",
+    ),
     "engine.dictionary": ("SparseDictionary",),
     "engine.errors": ("SubcircuitError",),
     "engine.model": ("HookedTransformer",),
-    "engine.patching": ("Component", "DeltaSession", "Effects", "Patch", "Site", "patch_effects"),
-    "engine.patching.planner": ("Plan",),
-    "engine.steering": ("Steering", "mean_difference", "steered_source"),
+    "engine.patching": (
+        "Component",
+        "DeltaSession",
+        "Effects",
+        "Patch",
+        "Site",
+        "patch_effects",
+    ),
     "engine.patching.edge_delta": ("EdgeSet",),
-    "engine.patching.edges": ("EdgeSession", "edge_effects", "path_effects"),
-    "weights.dictionary": ("load_dictionary", "save_dictionary"),
-    "weights.names": ("known_models", "load"),
+    "engine.patching.edges": (
+        "EdgeSession",
+        "edge_effects",
+        "path_effects",
+    ),
+    "engine.patching.planner": ("Plan",),
+    "engine.steering": (
+        "Steering",
+        "mean_difference",
+        "steered_source",
+    ),
+    "weights.dictionary": (
+        "load_dictionary",
+        "save_dictionary",
+    ),
+    "weights.names": (
+        "known_models",
+        "load",
+    ),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 
@@ -102,23 +243,34 @@ __version__ = metadata.version("subcircuit")
 __all__ = [
     "Ablation",
     "ActivationCache",
+    "Attribution",
+    "Baseline",
+    "Check",
     "Circuit",
+    "Comparison",
     "Component",
+    "Curve",
     "DeltaSession",
+    "DepthAlignment",
     "EdgeAblation",
     "EdgeEffects",
     "EdgeScores",
     "EdgeSession",
     "EdgeSet",
     "Effects",
+    "Evaluation",
+    "HeadRoles",
     "HookedTransformer",
+    "Lens",
     "ModelConfig",
+    "Overlap",
     "Patch",
     "Plan",
     "RopeScaling",
     "RowAblations",
     "Scores",
     "Screening",
+    "Sensitivity",
     "Site",
     "SparseDictionary",
     "Steering",
@@ -130,32 +282,53 @@ __all__ = [
     "Transfer",
     "Truth",
     "__version__",
+    "acdc",
+    "align_depths",
+    "attribution",
+    "cell_q_values",
+    "check_effects",
+    "circuits_scored",
+    "compare_circuits",
     "cross_task_scores",
     "dictionary_quality",
     "discover",
+    "durable_sweep",
     "edge_effects",
     "edge_score",
     "edge_scores",
     "edges_between",
     "errors",
+    "evaluate_circuit",
+    "faithfulness_curve",
     "feature_scores",
     "firing_tokens",
     "gradient_scores",
+    "head_roles",
     "intersection",
     "jaccard_matrix",
     "known_models",
+    "learn_masks",
+    "lens",
     "load",
     "load_dictionary",
+    "mask_circuit",
     "mean_difference",
+    "node_curve",
     "node_drops",
+    "node_ranking",
+    "overlap",
     "patch_effects",
     "path_effects",
     "plan",
     "prune_edges",
+    "prune_nodes",
+    "random_baseline",
     "random_circuits",
     "save_dictionary",
     "score",
     "screen",
+    "sensitivity",
+    "shared_roles",
     "steered_source",
     "study",
     "sweep",
@@ -165,6 +338,7 @@ __all__ = [
     "task_names",
     "train_dictionary",
     "transfer",
+    "transfer_kinds",
     "truth",
     "truth_names",
     "truth_report",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from enum import StrEnum
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -44,6 +45,9 @@ TASKS = "numerals, months, ioi, … (`subcircuit tasks` lists them)"
 
 ModelOption = Annotated[str, typer.Option("--model", "-m", help="A short name, a directory, a .gguf file or a hub id.")]
 TaskOption = Annotated[str, typer.Option("--task", "--tasks", "-t", help=f"{TASKS} or a .csv or .json file.")]
+CircuitOption = Annotated[
+    Path | None, typer.Option("--circuit", help="A circuit as JSON; else one is found by pruning first.")
+]
 NOption = Annotated[int, typer.Option("--n", "-n", min=1, help="Prompts per task.")]
 SeedOption = Annotated[int, typer.Option(help="Of the prompts, and of everything drawn at random.")]
 TemplateOption = Annotated[str, typer.Option(help="done, lost, born, bare, several joined by +, or all that fit.")]

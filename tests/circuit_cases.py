@@ -1,36 +1,15 @@
-"""Tasks that a random model does, and random circuits of it."""
+"""Random circuits of a random model, and the slow way to score them."""
 
 from __future__ import annotations
 
 import random
 from typing import Any
 
-import torch
-
-from patching_cases import random_prompts
 from subcircuit.analysis.circuit import Circuit
 from subcircuit.analysis.faithfulness import Ablation
-from subcircuit.analysis.tasks import Task, task_from_tokens
+from subcircuit.analysis.tasks import Task
 from subcircuit.engine.config import ModelConfig
 from subcircuit.engine.model import HookedTransformer
-
-
-def answered_task(model: HookedTransformer, seed: int, n_prompts: int = 6) -> Task:
-    """Prompts that end in one token, each with an answer that the model prefers for it more than for the others.
-
-    Its wrong answer is the answer of the prompt before, so that nothing is left of the logit difference, on average,
-    when the prompts are made alike.
-    """
-    prompts = random_prompts(seed, n_prompts=n_prompts)
-    assert prompts.corrupted is not None
-    clean, corrupted = prompts.clean.clone(), prompts.corrupted.clone()
-    clean[:, -1] = corrupted[:, -1] = 1
-    logits = model(clean)[:, -1]
-    taken: list[int] = []
-    for row in logits - logits.mean(0):
-        taken.append(next(int(token) for token in row.argsort(descending=True) if int(token) not in taken))
-    answer = torch.tensor(taken)
-    return task_from_tokens(clean=clean, corrupted=corrupted, answer=answer, wrong=answer.roll(1))
 
 
 def random_circuit(config: ModelConfig, seed: int) -> Circuit:

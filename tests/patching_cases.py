@@ -71,6 +71,14 @@ def random_prompts(seed: int, n_prompts: int = 5, n_pos: int = 9, d_vocab: int =
     return RandomPrompts(clean, corrupted, answer, (answer + 11) % d_vocab)
 
 
+def random_task(seed: int, n_prompts: int = 5) -> Task:
+    """`random_prompts` as a task."""
+    prompts = random_prompts(seed, n_prompts)
+    return task_from_tokens(
+        clean=prompts.clean, corrupted=prompts.corrupted, answer=prompts.answer, wrong=prompts.wrong
+    )
+
+
 def random_sequence_task(seed: int, n_prompts: int = 11, d_vocab: int = 50) -> Task:
     """Random tokens, of which those at 2, 4 and 6 are called members of a sequence."""
     generator = torch.Generator().manual_seed(seed)
@@ -80,13 +88,13 @@ def random_sequence_task(seed: int, n_prompts: int = 11, d_vocab: int = 50) -> T
     return Task("random", clean, None, answer, (answer + 7) % d_vocab, positions=positions)
 
 
-def task_for(model: HookedTransformer, seed: int) -> Task:
+def task_for(model: HookedTransformer, seed: int, n_prompts: int = 6) -> Task:
     """A task that only the components can do.
 
     The prompts end in one token, and each has as wrong answer the answer of the one before: what all prompts have in
     common favours neither, so that nothing is left of the logit difference when everything is ablated.
     """
-    prompts = random_prompts(seed, n_prompts=6)
+    prompts = random_prompts(seed, n_prompts)
     assert prompts.corrupted is not None
     clean, corrupted = prompts.clean.clone(), prompts.corrupted.clone()
     clean[:, -1] = corrupted[:, -1] = 1

@@ -65,7 +65,7 @@ def bench(
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """The same patching sweep by subcircuit and by other libraries: speed, memory, error."""
+    """Time the same sweep by this and by other libraries. Speed, memory, error."""
     from subcircuit.bench import SCENARIOS, Settings, run_benchmark
     from subcircuit.bench.contestants import chosen, interpreters
     from subcircuit.bench.model_files import gpt2_config

@@ -37,7 +37,7 @@ def compare(
     figure: Annotated[Path | None, typer.Option(help="Write the overlap of heads to this SVG file.")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """What saved circuits share, beside what circuits of their sizes share by chance."""
+    """Say what saved circuits share. Beside what circuits of their sizes share by chance."""
     from subcircuit.analysis.compare import compare_circuits
     from subcircuit.analysis.study import suitable_threads
 
@@ -72,6 +72,8 @@ def _named(circuits: list[sc.Circuit], files: list[Path]) -> dict[str, sc.Circui
     stems = [file.stem for file in files]
     unique = len(set(stems)) == len(stems)
     names = stems if unique else [str(file) for file in files]
+    if len(set(names)) < len(names):
+        raise typer.BadParameter(f"a circuit is given twice: {', '.join(names)}")
     return dict(zip(names, circuits, strict=True))
 
 
@@ -129,8 +131,9 @@ def _print(comparison: Comparison, scored: Scored) -> None:
             found = pair.depths
             numbers = f"{found.distance:.3f}", f"{found.expected_distance:.3f}", f"{found.p:.2g}"
             depths.add_row(f"{pair.a}, {pair.b}", *numbers)
-    out.print()
-    out.print(depths)
+    if depths.row_count:
+        out.print()
+        out.print(depths)
     for model, circuit in comparison.shared.items():
         out.print(f"\nShared by all of {model}: {circuit}")
     if scored:

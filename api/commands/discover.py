@@ -71,7 +71,7 @@ def discover(
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Find the circuit of one task: its heads and MLPs, or its edges."""
+    """Find the circuit of one task: heads and MLPs, or edges."""
     from subcircuit.analysis.circuit_figure import circuit_text
     from subcircuit.analysis.store import write_whole
     from subcircuit.analysis.study import suitable_threads

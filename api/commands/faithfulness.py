@@ -11,6 +11,7 @@ import typer
 import subcircuit as sc
 from subcircuit.console import new_table, out, progress_bars
 from subcircuit.options import (
+    CircuitOption,
     DeviceOption,
     DtypeOption,
     FilterOption,
@@ -35,9 +36,7 @@ if TYPE_CHECKING:
 def faithfulness(
     model: ModelOption,
     task: TaskOption,
-    circuit_file: Annotated[
-        Path | None, typer.Option("--circuit", help="A circuit as JSON; else one is found by pruning first.")
-    ] = None,
+    circuit_file: CircuitOption = None,
     n: NOption = 32,
     seed: SeedOption = 0,
     template: TemplateOption = "all",
@@ -54,7 +53,7 @@ def faithfulness(
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Judge a circuit: what it recovers, what its absence destroys, completeness, minimality, chance, CPR and CMD."""
+    """Judge how faithful, complete and minimal a circuit is. Beside random circuits, with CPR and CMD."""
     from subcircuit.analysis.baselines import random_baseline
     from subcircuit.analysis.curves import node_curve, node_ranking
     from subcircuit.analysis.evaluation import evaluate_circuit
@@ -106,6 +105,8 @@ def _write_figure(file: Path, curve: Curve, task: str) -> None:
 
 def _print(circuit: sc.Circuit, found: Evaluation, curve: Curve, baseline: Baseline | None) -> None:
     out.print(f"{circuit}\n")
+    if circuit.edges:
+        out.print("Its nodes are judged, with all edges between them.\n")
     table = new_table("", "points", "95 % interval", "")
     rows = [("recovered", found.recovered, "by the circuit alone")]
     rows += [("destroyed", found.destroyed, "by ablating the circuit alone")]

@@ -57,7 +57,7 @@ def heads(
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """What the heads of a circuit, or of a model, do in a task: roles with their evidence."""
+    """Say what heads do in a task. The roles of those of a circuit, or of a model, with their evidence."""
     from subcircuit.analysis.attention import repeated_token_measures
     from subcircuit.analysis.heads import head_roles, shared_roles
     from subcircuit.analysis.store import write_whole

@@ -46,7 +46,7 @@ def lens(
     device: DeviceOption = "cpu",
     as_json: JsonOption = False,
 ) -> None:
-    """What the model would say after each layer, when the answer takes over, and what adds to it directly."""
+    """Read the prediction after every layer. When the answer takes over, and what adds to it directly."""
     from subcircuit.analysis.attribution import attribution
     from subcircuit.analysis.lens import lens as read_lens
     from subcircuit.analysis.store import write_whole

@@ -13,7 +13,7 @@ from subcircuit.options import JsonOption
 
 
 def models(as_json: JsonOption = False) -> None:
-    """The models that have a short name, and where each is or how to get it."""
+    """List the models that have a short name. Where each is or how to get it."""
     known = sc.known_models()
     if as_json:
         print(json.dumps([{"name": m.name, "description": m.description, "where": m.where()} for m in known]))
@@ -30,7 +30,7 @@ def info(
     model: Annotated[str | None, typer.Option("--model", "-m", help="The same as an option.")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """A model's configuration and tokenizer."""
+    """Show a model's configuration and tokenizer."""
     wanted = name or model
     if wanted is None:
         raise typer.BadParameter("no model; expected a name, a directory or a file")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
@@ -11,6 +10,7 @@ import typer
 import subcircuit as sc
 from subcircuit.console import new_table, out, progress_bars
 from subcircuit.options import (
+    CircuitOption,
     DeviceOption,
     DtypeOption,
     FilterOption,
@@ -32,9 +32,7 @@ if TYPE_CHECKING:
 def sensitivity(
     model: ModelOption,
     task: TaskOption,
-    circuit_file: Annotated[
-        Path | None, typer.Option("--circuit", help="A circuit as JSON; else one is found by pruning first.")
-    ] = None,
+    circuit_file: CircuitOption = None,
     n: NOption = 32,
     seed: SeedOption = 0,
     n_seeds: Annotated[int, typer.Option("--seeds", min=1, help="Draws of prompts: this seed and the next ones.")] = 2,
@@ -54,7 +52,7 @@ def sensitivity(
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Measure one circuit under every source, metric, scope and draw of prompts: which conclusions survive."""
+    """Say what holds of a circuit however it is measured. Under every source, metric, scope and draw of prompts."""
     from subcircuit.analysis import sensitivity as conventions
     from subcircuit.analysis.study import suitable_threads
 

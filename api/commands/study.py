@@ -68,7 +68,7 @@ def study(
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Find the circuits of several tasks in one or more models, compare them, and write a report."""
+    """Find and compare the circuits of several tasks. In one or more models, with a report of it all."""
     settings = sc.StudySettings(
         models=tuple(model),
         tasks=tuple(name.strip() for name in tasks.split(",") if name.strip()),

@@ -82,7 +82,7 @@ def sweep(
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Patch every component in turn and measure its effect on the logit difference, or on another metric."""
+    """Patch every component in turn and measure its effect. On the logit difference, or on another metric."""
     from subcircuit.analysis.durable import durable_sweep
     from subcircuit.analysis.study import suitable_threads
 
@@ -106,7 +106,7 @@ def sweep(
     }
     if dry_run:
         with suitable_threads(loaded):
-            plan = sc.plan(loaded, prompts, components, executor=executor.value, **options)
+            plan = sc.plan(loaded, prompts, components, executor=executor.value, metric=metric.value, **options)
         print(json.dumps(plan.as_dict())) if as_json else _print_plan(plan)
         return
     screening = None
@@ -200,6 +200,8 @@ def _print_plan(plan: sc.Plan) -> None:
     table.add_row("all", str(plan.n_sites), _flops(sum(plan.product_flops)), _flops(sum(plan.attention_flops)))
     out.print(table)
     share = (plan.row_flops + plan.clean_flops) / plan.full_flops
+    if plan.readout_flops:
+        out.print(f"Reading the {plan.metric.replace('_', ' ')}: {_flops(plan.readout_flops)}")
     out.print(f"Clean runs: {_flops(plan.clean_flops)}; all: {share:.1%} of a full forward pass per row")
     parts = {"copies of weights": plan.copied_bytes, "clean": plan.clean_bytes, "rows": plan.chunk_bytes}
     listed = ", ".join(f"{name} {n_bytes / 1e6:,.1f} MB" for name, n_bytes in parts.items())

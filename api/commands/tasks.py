@@ -26,7 +26,7 @@ def tasks(
     markdown: Annotated[bool, typer.Option("--markdown", help="Cards of all tasks as a page, for --model.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """The tasks there are, or one task's card: what it measures, its prompts, how well a model does it."""
+    """List the tasks, or show one. What it measures, its prompts, how well a model does it."""
     models = model or []
     if markdown:
         _print_page(name, models, n, seed)

@@ -46,7 +46,7 @@ def transfer(
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Ablate a circuit's heads and let the model go on: does it still count, add, list months?"""
+    """Ablate a circuit's heads and let the model go on. Does it still count, add, list months?"""
     from subcircuit.analysis.store import write_whole
     from subcircuit.analysis.study import suitable_threads
     from subcircuit.analysis.transfer_figures import transfer_figure

@@ -34,7 +34,7 @@ def truth(
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """How well every discovery method recovers circuits that are known by construction."""
+    """Test discovery methods on circuits known by construction."""
     from subcircuit.analysis.truth import FAMILIES
 
     with progress_bars(quiet) as progress:

@@ -22,7 +22,7 @@ def vector(
     dtype: DtypeOption = "float32",
     device: DeviceOption = "cpu",
 ) -> None:
-    """Make a steering vector: the mean activation on some prompts minus that on others."""
+    """Make a steering vector. The mean activation on some prompts minus that on others."""
     from subcircuit.analysis.vectors import save_vector
 
     loaded = sc.load(model, dtype=dtype, device=device)

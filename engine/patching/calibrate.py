@@ -127,7 +127,8 @@ class _Bench:
         sources.add([tuple(Patch(Site(component)) for component in anything if not component.is_feature)])
         dtype, backend = self.session.product_dtype, self.session.backend
         chunk = self.prompts[:n_prompts]
-        return DeltaRun(self.model, self.weights, dtype, self.session.prompts, chunk, sources, backend)
+        metric = self.session.metric
+        return DeltaRun(self.model, self.weights, dtype, self.session.prompts, chunk, sources, backend, metric)
 
     def block_flops(self, n_sets: int, n_prompts: int) -> int:
         n_pos = self.session.n_pos

@@ -230,7 +230,7 @@ class DeltaRun:
 
     def set_base(self, base: PatchSet, first: int) -> None:
         """Let all rows share the patches of `base`, whose difference starts at position `first`."""
-        n_kept = _first_difference(self._base, base, self.config.n_layers) + 1
+        n_kept = first_difference(self._base, base, self.config.n_layers) + 1
         if first != self._base_first:
             n_kept = 0
         self._base, self._base_first = base, first
@@ -467,7 +467,7 @@ def _joined(delta: Split) -> Delta | None:
     return resid + product
 
 
-def _first_difference(a: PatchSet, b: PatchSet, n_layers: int) -> int:
+def first_difference(a: PatchSet, b: PatchSet, n_layers: int) -> int:
     """The lowest layer in which two patch sets differ; n_layers if in none."""
 
     def in_layer(patch_set: PatchSet, layer: int) -> list[tuple[object, object]]:

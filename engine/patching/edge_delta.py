@@ -22,7 +22,7 @@ from torch import Tensor
 
 from subcircuit.engine.blocks import Block
 from subcircuit.engine.patching.compile import MaskArray, patched
-from subcircuit.engine.patching.delta import Delta, DeltaRun, Patches, Rows
+from subcircuit.engine.patching.delta import Delta, DeltaRun, Patches, Rows, first_difference
 from subcircuit.engine.patching.graph import INPUT, LOGITS, Edge, EdgeIndex
 from subcircuit.engine.patching.sites import Component, PatchSet
 
@@ -92,14 +92,16 @@ class EdgeRun(DeltaRun):
 
     def base_layers(self, base: PatchSet, first: int) -> list[LayerDelta]:
         """δ from position `first` on that a patch set alone causes, layer by layer; kept until another is asked for."""
-        if self._base_layers is None or self._base_layers[:2] != (base, first):
-            patches = self._patches([base], first, 0)
-            layers: list[LayerDelta] = []
-            for layer in range(self.config.n_layers):
-                entering = layers[-1].resid_post if layers else None
-                layers.append(self._layer(layer, entering, patches, first, Unchanged()))
-            self._base_layers = base, first, layers
-        return self._base_layers[2]
+        known, n_layers = self._base_layers, self.config.n_layers
+        if known is not None and known[1] == first and first_difference(known[0], base, n_layers) == n_layers:
+            return known[2]
+        patches = self._patches([base], first, 0)
+        layers: list[LayerDelta] = []
+        for layer in range(n_layers):
+            entering = layers[-1].resid_post if layers else None
+            layers.append(self._layer(layer, entering, patches, first, Unchanged()))
+        self._base_layers = base, first, layers
+        return layers
 
     def entering(self, layer: int, base: PatchSet, first: int) -> Delta | None:
         """δ that a patch set alone causes in the residual stream entering a layer; above the last one, leaving it."""

@@ -64,10 +64,10 @@ class EdgeSession(DeltaSession):
         prompts: AlignedPrompts,
         *,
         source: Source = "corrupted",
-        precision: Precision = "fp32",
-        budget_bytes: int | None = None,
         executor: DeltaExecutor = "torch",
+        precision: Precision = "fp32",
         metric: Metric = "logit_difference",
+        budget_bytes: int | None = None,
     ) -> None:
         super().__init__(
             model,
@@ -156,7 +156,7 @@ class EdgeSession(DeltaSession):
     ) -> Effects:
         effects = torch.zeros(n_sets, self.n_prompts, dtype=self.model.dtype, device=self.model.device)
         clean_metric = torch.empty(self.n_prompts, dtype=self.model.dtype, device=self.model.device)
-        corrupted = all(self._sources.key(source) == "corrupted" for source in {None, *(p.source for p in patches)})
+        corrupted = all(self._sources.key(source) == "corrupted" for source in (None, *(p.source for p in patches)))
         n_done = 0
 
         def count(n_more: int) -> None:
@@ -344,13 +344,14 @@ def _reference(
     budget = default_budget(model.device) if budget_bytes is None else budget_bytes
     size = max(1, budget // 4 // clean_bytes(model.config, n_pos, 8))
     sources = Sources(model, prompts, [*patch_sets, _every_sender(EdgeIndex(model.config))], source, size)
-    effects = torch.empty(len(rows), n_prompts, dtype=model.dtype, device=model.device)
-    clean_metric = torch.empty(n_prompts, dtype=model.dtype, device=model.device)
+    dtype = torch.promote_types(model.dtype, torch.float32)  # differences of rounded metrics are not rounded again
+    effects = torch.empty(len(rows), n_prompts, dtype=dtype, device=model.device)
+    clean_metric = torch.empty(n_prompts, dtype=dtype, device=model.device)
     n_done = 0
     for chunk in torch.arange(n_prompts).split(size):
         with torch.no_grad():
             reference = EdgeReference(model, prompts, chunk, sources, base, metric)
-            clean_metric[chunk] = reference.clean()
+            clean_metric[chunk] = reference.clean().to(dtype)
             for i, row in enumerate(rows):
                 effects[i, chunk] = row(reference) - clean_metric[chunk]
                 n_done += len(chunk)

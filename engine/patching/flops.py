@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from subcircuit.engine.config import ModelConfig
 from subcircuit.engine.patching.compile import MaskArray, Masks, one_head_each, replaces_all
+from subcircuit.engine.patching.metric import Metric
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,11 @@ def clean_flops(config: ModelConfig, n_pos: int, n_layers: int) -> Flops:
     n_q, n_kv = config.n_heads * config.d_head, config.kv_heads * config.d_head
     n_weights = config.d_model * (2 * n_q + 2 * n_kv + (3 if config.gated_mlp else 2) * config.d_mlp)
     return Flops(2 * n_weights * n_pos, 4 * n_q * n_pos**2) * n_layers
+
+
+def readout_flops(config: ModelConfig, metric: Metric) -> int:
+    """FLOPs of one final residual stream times W_U, where the metric needs the whole vocabulary."""
+    return 0 if metric == "logit_difference" else 2 * config.d_model * config.d_vocab
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ nodes and 32,491 edges, as in Hanna et al. 2024 (arXiv 2403.17806).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
 from subcircuit.engine.config import ModelConfig
@@ -64,6 +64,29 @@ def edges(config: ModelConfig) -> list[Edge]:
     return [
         (sender, receiver) for receiver in receivers(config) for sender in everything[: n_senders_to(receiver, config)]
     ]
+
+
+def edges_among(nodes: Iterable[str], config: ModelConfig) -> list[Edge]:
+    """Every edge whose ends are among some heads and MLPs, the input and the logits, receiver by receiver."""
+    names = {*nodes, INPUT, LOGITS}
+    return [
+        (sender, receiver)
+        for receiver in receivers(config)
+        if not names.isdisjoint(readers(receiver, config))
+        for sender in senders_to(receiver, config)
+        if sender in names
+    ]
+
+
+def readers(receiver: str, config: ModelConfig) -> list[str]:
+    """The nodes that an edge into a receiver enters: a head, all heads that read a KV head, an MLP, or `logits`."""
+    if receiver == LOGITS:
+        return [LOGITS]
+    component = Component.parse(receiver)
+    heads = range(component.index, component.index + 1)
+    if component.kind in ("k", "v"):
+        heads = Component(component.layer, "group", component.index).indices(config)
+    return [receiver] if component.kind == "mlp" else [str(Component(component.layer, "z", head)) for head in heads]
 
 
 def check_edge(edge: Edge, config: ModelConfig) -> None:

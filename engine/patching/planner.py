@@ -10,7 +10,8 @@ from typing import Any
 from subcircuit.engine.config import ModelConfig
 from subcircuit.engine.model import HookedTransformer
 from subcircuit.engine.patching.calibrate import Speed, measure_speed
-from subcircuit.engine.patching.flops import Flops, chunk_flops, clean_flops
+from subcircuit.engine.patching.flops import Flops, chunk_flops, clean_flops, readout_flops
+from subcircuit.engine.patching.metric import Metric
 from subcircuit.engine.patching.plan import Chunk
 from subcircuit.engine.patching.session import DeltaExecutor, DeltaSession, Precision
 from subcircuit.engine.patching.sites import Patch, PatchSet, Site, Source, as_patch_set
@@ -36,10 +37,12 @@ class Plan:
     """Of δ times weights, by layer."""
     attention_flops: tuple[int, ...]
     """Of rows' attention, by layer, masked keys included."""
+    readout_flops: int
+    """Of all rows' final residual streams times W_U; 0 for the logit difference, which needs two columns of it."""
     clean_flops: int
     """Of the forward passes of clean prompts, and of the corrupted ones for their values or means."""
     full_flops: int
-    """Of one forward pass per row, which is what patching costs without the delta form (unembedding left out)."""
+    """Of one forward pass per row, which is what patching costs without the delta form; of W_U, what rows need too."""
     budget_bytes: int
     copied_bytes: int
     """Copies of weights: in the products' precision, and side by side where products share an input."""
@@ -49,6 +52,7 @@ class Plan:
     """The largest chunk of rows where it is widest."""
     executor: str
     precision: str
+    metric: str
     seconds: float | None
     """Predicted from a calibration; None without one."""
 
@@ -58,8 +62,8 @@ class Plan:
 
     @property
     def row_flops(self) -> int:
-        """Of all rows, all layers, products and attention."""
-        return sum(self.product_flops) + sum(self.attention_flops)
+        """Of all rows, all layers, products and attention, and of reading the metric."""
+        return sum(self.product_flops) + sum(self.attention_flops) + self.readout_flops
 
     @property
     def peak_bytes(self) -> int:
@@ -79,6 +83,7 @@ def plan_effects(
     source: Source = "corrupted",
     executor: DeltaExecutor = "torch",
     precision: Precision = "fp32",
+    metric: Metric = "logit_difference",
     budget_bytes: int | None = None,
     calibrate: bool = True,
 ) -> Plan:
@@ -89,7 +94,7 @@ def plan_effects(
     Raises PatchError as `patch_effects` does.
     """
     session = DeltaSession(
-        model, prompts, source=source, executor=executor, precision=precision, budget_bytes=budget_bytes
+        model, prompts, source=source, executor=executor, precision=precision, budget_bytes=budget_bytes, metric=metric
     )
     sets = [as_patch_set(patch_set) for patch_set in patch_sets]
     session.check(sets)
@@ -106,6 +111,8 @@ def plan_effects(
     n_clean = _clean_flops(model.config, session, names)
     sites = Counter(patch_set[0].site.component.layer for patch_set in sets if patch_set)
     forward = clean_flops(model.config, session.n_pos, model.config.n_layers).all
+    readout = readout_flops(model.config, metric)
+    n_read = sum(chunk.n_rows for chunk in work if chunk.flops)  # above the last layer nothing differs
     widest = max(work, key=lambda chunk: sum(flops.all for flops in chunk.flops.values()), default=None)
     seconds = None
     if calibrate and widest is not None:
@@ -121,14 +128,16 @@ def plan_effects(
         sites_by_layer=tuple(sites[layer] for layer in all_layers),
         product_flops=tuple(layers[layer] for layer in all_layers),
         attention_flops=tuple(attention[layer] for layer in all_layers),
+        readout_flops=readout * n_read,
         clean_flops=n_clean,
-        full_flops=forward * len(sets) * session.n_prompts,
+        full_flops=(forward + readout) * len(sets) * session.n_prompts,
         budget_bytes=session.budget_bytes,
         copied_bytes=session.copied_bytes,
         clean_bytes=held * session.sizes.prompt(names),
         chunk_bytes=max((chunk.n_bytes for chunk in work), default=0),
         executor=executor,
         precision=precision,
+        metric=metric,
         seconds=seconds,
     )
 
@@ -142,7 +151,8 @@ class _Work:
         masks = session.masks([sets[i] for i in chunk.sets], start)
         per_prompt = chunk_flops(session.model.config, masks, n_sets, n_pos, start.layer, start.first)
         self.flops = {layer: flops * len(prompts) for layer, flops in per_prompt.items()}
-        self.n_tokens = n_sets * len(prompts) * (n_pos - start.first)
+        self.n_rows = n_sets * len(prompts)
+        self.n_tokens = self.n_rows * (n_pos - start.first)
         # Rows, the difference of source and clean that they share, and at least a layer of the clean run's forward.
         rows = self.n_tokens * session.sizes.row_token() + len(prompts) * session.sizes.at_hooks(masks)
         self.n_bytes = max(rows, len(prompts) * session.sizes.clean_layer())
@@ -153,7 +163,8 @@ class _Work:
 
 
 def _clean_flops(config: ModelConfig, session: DeltaSession, names: dict[Any, list[str]]) -> int:
-    """Of a clean forward pass of every prompt, and one up to the last patched layer for corrupted values and means."""
+    """Of a clean forward pass of every prompt, with what the metric reads of it, and one up to the last patched layer
+    for corrupted values and means."""
 
     def up_to() -> Iterator[int]:
         yield config.n_layers
@@ -162,4 +173,5 @@ def _clean_flops(config: ModelConfig, session: DeltaSession, names: dict[Any, li
             yield max(layers, default=-1) + 1
 
     passes = sum((clean_flops(config, session.n_pos, n_layers) for n_layers in up_to()), Flops())
-    return session.n_prompts * passes.all
+    # The log-probabilities, and the mean unembedding under them.
+    return session.n_prompts * (passes.all + 2 * readout_flops(config, session.metric))

@@ -105,10 +105,10 @@ class DeltaSession:
         prompts: AlignedPrompts,
         *,
         source: Source = "corrupted",
-        precision: Precision = "fp32",
-        budget_bytes: int | None = None,
         executor: DeltaExecutor = "torch",
+        precision: Precision = "fp32",
         metric: Metric = "logit_difference",
+        budget_bytes: int | None = None,
     ) -> None:
         check_prompts(model, prompts)
         check_metric(metric)
@@ -124,7 +124,7 @@ class DeltaSession:
         product_dtype = dtype_of(precision)
         compute_dtype = torch.float64 if product_dtype == torch.float64 else torch.float32
         self.model = in_dtype(model, compute_dtype)
-        self.prompts, self._metric = prompts, metric
+        self.prompts, self.metric = prompts, metric
         self._product_dtype, self._compute_dtype = product_dtype, compute_dtype
         blocks = [cast(Block, block) for block in self.model.blocks]
         self._weights = cache(lambda layer: LayerWeights.of(blocks[layer], product_dtype))
@@ -335,7 +335,7 @@ class DeltaSession:
     ) -> None:
         for i in chosen:
             inputs = self.model, self.prompts, run.chunk, sets[i], self._sources
-            metric = patched_metric(*inputs, self._metric, run.readout.log_p)
+            metric = patched_metric(*inputs, self.metric, run.readout.log_p)
             effects[i, run.chunk] = metric - run.clean_metric
 
     def check(self, patch_sets: Iterable[PatchSet]) -> None:
@@ -361,7 +361,7 @@ class DeltaSession:
                 prompts,
                 self._sources,
                 self._backend,
-                self._metric,
+                self.metric,
             )
         return run
 
@@ -408,9 +408,9 @@ def patch_effects(
     source: Source = "corrupted",
     executor: Executor = "torch",
     precision: Precision = "fp32",
+    metric: Metric = "logit_difference",
     budget_bytes: int | None = None,
     progress: Progress | None = None,
-    metric: Metric = "logit_difference",
 ) -> Effects:
     """Effects of patch sets on every prompt: `[set, prompt]`, metric(patched row) − metric(clean run).
 

@@ -156,9 +156,11 @@ class Site:
         return cls(Component.parse(where) if isinstance(where, str) else where)
 
     def resolve(self, n_pos: int) -> tuple[int, ...] | None:
-        """Positions as non-negative indices. Raises PatchError for one outside the prompt."""
+        """Positions as non-negative indices. Raises PatchError for none at all, or one outside the prompt."""
         if self.positions is None:
             return None
+        if not self.positions:
+            raise PatchError(f"'{self.component}' is to be patched at no position; expected at least one")
         for position in self.positions:
             if not -n_pos <= position < n_pos:
                 raise PatchError(f"position {position} of '{self.component}' is outside prompts of {n_pos} tokens")

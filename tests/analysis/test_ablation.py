@@ -7,10 +7,12 @@ import random
 import pytest
 import torch
 
-from circuit_cases import answered_task, random_circuit
-from patching_cases import CONFIGS, random_model
+from circuit_cases import random_circuit
+from patching_cases import CONFIGS, random_model, task_for
 from subcircuit.analysis import metrics
-from subcircuit.analysis.faithfulness import Ablation, all_nodes
+from subcircuit.analysis.circuit import Circuit
+from subcircuit.analysis.faithfulness import Ablation, all_nodes, random_circuits
+from subcircuit.engine.errors import PatchError
 
 SEED = random.randrange(10**6)
 
@@ -19,7 +21,7 @@ SEED = random.randrange(10**6)
 def case(request):
     print(f"seed {SEED}")
     model = random_model(CONFIGS[request.param], SEED).double()
-    return model, answered_task(model, SEED + 1)
+    return model, task_for(model, SEED + 1)
 
 
 def plain_logits(model, task, kept, source, positions):
@@ -85,3 +87,23 @@ def test_kept_and_removed_nodes_are_two_ways_to_say_the_same(case):
     torch.testing.assert_close(100 * kept.mean(1) / ablation.clean.mean(), torch.tensor(scores, dtype=torch.float64))
     torch.testing.assert_close(ablation.kept_values([all_nodes(model.config)])[0], ablation.clean)
     assert ablation.kept_values([]).shape == (0, task.n)
+
+
+def test_full_forwards_keep_to_the_budget_too(case, monkeypatch):
+    model, task = case
+    at_once = []
+    run = type(model).run_with_hooks
+    monkeypatch.setattr(
+        type(model),
+        "run_with_hooks",
+        lambda self, tokens, *rest, **kw: at_once.append(len(tokens)) or run(self, tokens, *rest, **kw),
+    )
+    Ablation(model, task, executor="reference", precision="fp64", budget_bytes=1)
+    assert set(at_once) == {1}
+
+
+@pytest.mark.parametrize("match", ["size", "layers"])
+def test_random_circuits_like_one_of_another_model_are_refused(case, match):
+    model, task = case
+    with pytest.raises(PatchError, match=r"'a9\.h0' does not exist"):
+        random_circuits(Ablation(model, task), Circuit([(9, 0)], []), 3, match=match)

@@ -8,12 +8,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from patching_cases import CONFIGS, random_model, random_prompts
+from patching_cases import CONFIGS, random_model, random_task
 from subcircuit.analysis import sweep as sweep_module
 from subcircuit.analysis.check import check_effects
 from subcircuit.analysis.plan import plan
 from subcircuit.analysis.sweep import sweep
-from subcircuit.analysis.tasks import task_from_tokens
 from subcircuit.engine.errors import PatchError
 from subcircuit.engine.patching import Component, Patch, Site, patch_effects
 from subcircuit.engine.patching.planner import plan_effects
@@ -33,11 +32,7 @@ SETS = [
 @pytest.fixture(params=CONFIGS)
 def case(request):
     print(f"seed {SEED}")
-    prompts = random_prompts(SEED + 1)
-    task = task_from_tokens(
-        clean=prompts.clean, corrupted=prompts.corrupted, answer=prompts.answer, wrong=prompts.wrong
-    )
-    return random_model(CONFIGS[request.param], SEED), task
+    return random_model(CONFIGS[request.param], SEED), random_task(SEED + 1)
 
 
 @pytest.mark.parametrize("source", ["corrupted", "mean", "zero"])

@@ -7,8 +7,8 @@ import random
 import pytest
 import torch
 
-from circuit_cases import answered_task, reference_ablation
-from patching_cases import CONFIGS, random_model
+from circuit_cases import reference_ablation
+from patching_cases import CONFIGS, random_model, task_for
 from subcircuit.analysis.curves import SHARES, faithfulness_curve, node_curve, node_ranking, sized
 from subcircuit.analysis.faithfulness import Ablation, all_nodes
 from subcircuit.analysis.sweep import sweep
@@ -58,7 +58,7 @@ def test_every_share_keeps_the_items_it_says():
 def test_all_points_in_one_batch_are_those_of_one_forward_each(name, metric):
     print(f"seed {SEED}")
     model = random_model(CONFIGS[name], SEED).double()
-    task = answered_task(model, SEED + 1)
+    task = task_for(model, SEED + 1)
     ranking = all_nodes(model.config)
     random.Random(SEED).shuffle(ranking)
     slow = reference_ablation(model, task, metric=metric)
@@ -79,7 +79,7 @@ def test_all_points_in_one_batch_are_those_of_one_forward_each(name, metric):
 
 def test_a_sweep_ranks_nodes_by_size_or_by_sign():
     model = random_model(CONFIGS["gpt2"], SEED)
-    task = answered_task(model, SEED + 1)
+    task = task_for(model, SEED + 1)
     scores = sweep(model, task, "heads+mlps")
     ranking = node_ranking(scores)
     sizes = [abs(float(scores.of(node).mean())) for node in ranking]
@@ -99,4 +99,4 @@ def test_what_is_no_ranking_is_refused():
         faithfulness_curve(additive({"a": 1, "b": -1}), ["a", "b"])
     model = random_model(CONFIGS["gpt2"], SEED)
     with pytest.raises(PatchError, match="the ranking leaves out 14 nodes, the first of them 'a0.h1'"):
-        node_curve(Ablation(model, answered_task(model, SEED)), all_nodes(model.config)[:1])
+        node_curve(Ablation(model, task_for(model, SEED)), all_nodes(model.config)[:1])

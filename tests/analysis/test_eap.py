@@ -9,9 +9,8 @@ import pytest
 import torch
 
 from gradient_references import slope, source_values
-from patching_cases import CONFIGS, random_model, random_prompts
+from patching_cases import CONFIGS, random_model, random_task
 from subcircuit.analysis.eap import connected, edge_scores
-from subcircuit.analysis.tasks import task_from_tokens
 from subcircuit.engine.errors import PatchError
 from subcircuit.engine.patching import Component
 from subcircuit.engine.patching.graph import edges, receivers, senders
@@ -21,11 +20,7 @@ SEED = random.randrange(10**6)
 
 def build(name):
     print(f"seed {SEED}")
-    prompts = random_prompts(SEED + 1, n_prompts=3)
-    task = task_from_tokens(
-        clean=prompts.clean, corrupted=prompts.corrupted, answer=prompts.answer, wrong=prompts.wrong
-    )
-    return random_model(CONFIGS[name], SEED).double(), task
+    return random_model(CONFIGS[name], SEED).double(), random_task(SEED + 1, n_prompts=3)
 
 
 @pytest.fixture(scope="module", params=list(CONFIGS))

@@ -204,6 +204,15 @@ def test_verified_edges_are_exact(case):
     assert abs(value) == pytest.approx(float(reference.effects.mean(1).abs().max()))
 
 
+@pytest.mark.parametrize("metric", ["log_probability", "kl"])
+def test_a_circuit_of_edges_is_scored_by_any_metric(case, metric):
+    model, task = case
+    circuit = Circuit([(0, 1)], [1], edges=((INPUT, "a0.v1"), ("a0.h1", "m1"), ("m1", "logits")))
+    exact = EdgeAblation(model, task, executor="reference", precision="fp64", metric=metric)
+    found = edge_score(model, task, circuit, precision="fp64", metric=metric)
+    assert found == pytest.approx(exact.score_of(circuit.edges))
+
+
 def test_what_cannot_be_done_is_named(case):
     model, task = case
     circuit = Circuit(heads=[(0, 1)], mlps=[])

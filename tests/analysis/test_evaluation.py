@@ -9,8 +9,8 @@ import random
 import pytest
 import torch
 
-from circuit_cases import answered_task, random_circuit, reference_ablation
-from patching_cases import CONFIGS, random_model
+from circuit_cases import random_circuit, reference_ablation
+from patching_cases import CONFIGS, random_model, task_for
 from subcircuit.analysis.baselines import cell_q_values, random_baseline
 from subcircuit.analysis.circuit import Circuit, intersection, union
 from subcircuit.analysis.evaluation import (
@@ -35,7 +35,7 @@ SEED = random.randrange(10**6)
 def case(request):
     print(f"seed {SEED}")
     model = random_model(CONFIGS[request.param], SEED).double()
-    return model, answered_task(model, SEED + 1), random_circuit(model.config, SEED + 2)
+    return model, task_for(model, SEED + 1), random_circuit(model.config, SEED + 2)
 
 
 @pytest.mark.parametrize("source", ["mean", "corrupted", "zero"])

@@ -9,10 +9,9 @@ import pytest
 import torch
 
 from gradient_references import attention_slope, site_slope, source_values
-from patching_cases import CONFIGS, random_model, random_prompts
+from patching_cases import CONFIGS, random_model, random_task
 from subcircuit.analysis.gradients import gradient_scores
 from subcircuit.analysis.sweep import sweep
-from subcircuit.analysis.tasks import task_from_tokens
 from subcircuit.engine.errors import PatchError
 from subcircuit.engine.patching import Component, Site, patch_effects
 
@@ -21,11 +20,7 @@ SEED = random.randrange(10**6)
 
 def build(name):
     print(f"seed {SEED}")
-    prompts = random_prompts(SEED + 1, n_prompts=4)
-    task = task_from_tokens(
-        clean=prompts.clean, corrupted=prompts.corrupted, answer=prompts.answer, wrong=prompts.wrong
-    )
-    return random_model(CONFIGS[name], SEED).double(), task
+    return random_model(CONFIGS[name], SEED).double(), random_task(SEED + 1, n_prompts=4)
 
 
 @pytest.fixture(scope="module", params=list(CONFIGS))

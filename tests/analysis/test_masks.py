@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import subcircuit as sc
-from patching_cases import CONFIGS, random_model, random_prompts
+from patching_cases import CONFIGS, random_model, random_task
 from subcircuit.analysis.faithfulness import Ablation, all_nodes
 from subcircuit.analysis.masks import _gated, _open_probability, _sampled, learn_masks, mask_circuit
 from subcircuit.analysis.tasks import Task
@@ -15,13 +15,6 @@ from subcircuit.engine.errors import PatchError
 from subcircuit.engine.model import HookedTransformer
 from subcircuit.engine.patching import Patch, Site, patch_effects
 from subcircuit.engine.patching.sources import Sources
-
-
-def random_task(seed: int) -> Task:
-    prompts = random_prompts(seed)
-    return sc.task_from_tokens(
-        clean=prompts.clean, corrupted=prompts.corrupted, answer=prompts.answer, wrong=prompts.wrong
-    )
 
 
 def logits_with_gates(model: HookedTransformer, task: Task, gates: Tensor, source: str) -> Tensor:

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 import subcircuit as sc
-from patching_cases import CONFIGS, random_model, random_prompts
+from patching_cases import CONFIGS, random_model, random_task
 from subcircuit.analysis.gradients import gradient_scores
-from subcircuit.analysis.screen import screen, spearman, verify
+from subcircuit.analysis.screen import screen, verify
+from subcircuit.analysis.statistics import rank_correlation
 from subcircuit.analysis.sweep import sweep
-from subcircuit.analysis.tasks import task_from_tokens
 from subcircuit.engine.errors import PatchError
 
 SEED = random.randrange(10**6)
@@ -21,11 +21,7 @@ SEED = random.randrange(10**6)
 @pytest.fixture(scope="module", params=list(CONFIGS))
 def case(request):
     print(f"seed {SEED}")
-    prompts = random_prompts(SEED + 1)
-    task = task_from_tokens(
-        clean=prompts.clean, corrupted=prompts.corrupted, answer=prompts.answer, wrong=prompts.wrong
-    )
-    return random_model(CONFIGS[request.param], SEED), task
+    return random_model(CONFIGS[request.param], SEED), random_task(SEED + 1)
 
 
 @pytest.mark.parametrize("method", ["atp", "ig", "atp*"])
@@ -68,7 +64,7 @@ def test_what_is_reported_agrees_with_the_scores(case):
     best = {site for site, _ in gradient.top(3)}
     assert found.overlap == pytest.approx(len(best & {site for site, _ in found.top}) / 3)
     mean = torch.stack([gradient.of(site).mean() for site in found.scores.sites])
-    assert found.rank_agreement == pytest.approx(spearman(mean, exact.mean))
+    assert found.rank_agreement == pytest.approx(rank_correlation(mean, exact.mean))
     assert found.summary()["n_exact"] == found.n_exact == len(set(found.scores.sites))
 
 
@@ -119,13 +115,6 @@ def test_everything_is_verified_where_as_much_is_asked_for(case):
     model, task = case
     found = screen(model, task, "mlps", k=10)
     assert (found.k, found.n_exact, found.saved, found.overlap) == (3, 3, 0, 1)
-
-
-def test_spearman_shares_ranks_between_ties():
-    assert spearman(torch.tensor([1.0, 2, 3, 4]), torch.tensor([1.0, 20, 30, 31])) == pytest.approx(1)
-    assert spearman(torch.tensor([1.0, 2, 3]), torch.tensor([3.0, 2, 1])) == pytest.approx(-1)
-    # Ranks 1, 2.5, 2.5, 4 against 1, 2, 3, 4: cov 4.5, variances 4.5 and 5.
-    assert spearman(torch.tensor([0.0, 5, 5, 9]), torch.tensor([1.0, 2, 3, 4])) == pytest.approx((4.5 / 5) ** 0.5)
 
 
 def test_bad_options_are_named(case):

@@ -9,8 +9,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from circuit_cases import answered_task, random_circuit, reference_ablation
-from patching_cases import CONFIGS, random_model
+from circuit_cases import random_circuit, reference_ablation
+from patching_cases import CONFIGS, random_model, task_for
 from subcircuit.analysis.circuit import Circuit
 from subcircuit.analysis.evaluation import leave_out
 from subcircuit.analysis.faithfulness import all_nodes, random_nodes
@@ -25,7 +25,7 @@ SEED = random.randrange(10**6)
 def case(request):
     print(f"seed {SEED}")
     model = random_model(CONFIGS[request.param], SEED).double()
-    task = replace(answered_task(model, SEED + 1), positions={"members": (3, 4, 6)})
+    task = replace(task_for(model, SEED + 1), positions={"members": (3, 4, 6)})
     return model, task, random_circuit(model.config, SEED + 2)
 
 

@@ -6,9 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from patching_cases import CONFIGS, random_model, random_prompts
+from patching_cases import CONFIGS, random_model, random_task
 from subcircuit.analysis.sweep import sweep
-from subcircuit.analysis.tasks import task_from_tokens
 from subcircuit.engine.errors import PatchError
 
 SEED = random.randrange(10**6)
@@ -18,11 +17,7 @@ SEED = random.randrange(10**6)
 def case():
     print(f"seed {SEED}")
     model = random_model(CONFIGS["llama-gqa"], SEED)
-    prompts = random_prompts(SEED + 1)
-    task = task_from_tokens(
-        clean=prompts.clean, corrupted=prompts.corrupted, answer=prompts.answer, wrong=prompts.wrong
-    )
-    return model, task
+    return model, random_task(SEED + 1)
 
 
 def test_scores_hold_an_effect_per_site_and_prompt_and_grids_by_layer(case):

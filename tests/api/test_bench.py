@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import sys
+from functools import partial
 
 import pytest
 import torch
 
 import oracles
 import subcircuit as sc
-from subcircuit import cli
 from subcircuit.analysis.figures import bars_figure
 from subcircuit.bench import PEERS, Contestant, Measurement, Problem, ScenarioResult, Settings, measurement
 from subcircuit.bench.contestants import WORKERS, chosen, interpreters
@@ -25,20 +25,9 @@ SMALL = "--layers 2 --d-model 32 --heads 4 --vocab 101 --prompts 3 --length 8 --
 
 
 @pytest.fixture
-def run(monkeypatch, capsys):
+def bench(run):
     """Run `subcircuit bench` in this process: (exit status, standard output, standard error)."""
-
-    def command(*arguments):
-        monkeypatch.setattr(sys, "argv", ["subcircuit", "bench", *map(str, arguments)])
-        status = 0
-        try:
-            cli.main()
-        except SystemExit as end:
-            status = end.code or 0
-        captured = capsys.readouterr()
-        return status, captured.out, captured.err
-
-    return command
+    return partial(run, "bench")
 
 
 @pytest.fixture(scope="module")
@@ -235,8 +224,8 @@ def test_interpreters_are_given_found_or_ours(tmp_path):
             interpreters([wrong], None)
 
 
-def test_the_command_writes_a_table_json_and_a_figure(run, tmp_path):
-    status, out, err = run(
+def test_the_command_writes_a_table_json_and_a_figure(bench, tmp_path):
+    status, out, err = bench(
         *SMALL, "--peer", "subcircuit-fp32", "--peer", "plain_torch", "--sample", 2, "--runs", 2,
         "--threads", 1, "--out", tmp_path, "--quiet",
     )  # fmt: skip
@@ -273,8 +262,8 @@ def test_the_command_writes_a_table_json_and_a_figure(run, tmp_path):
         (["--model", "no-such-model"], "no-such-model"),
     ],
 )
-def test_bad_options_are_one_line(run, arguments, message):
-    status, out, err = run(*SMALL, *arguments, "--quiet")
+def test_bad_options_are_one_line(bench, arguments, message):
+    status, out, err = bench(*SMALL, *arguments, "--quiet")
     assert (status, out) == (2, "")
     assert err.startswith("error: ")
     assert message in err

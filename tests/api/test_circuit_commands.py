@@ -3,29 +3,10 @@
 from __future__ import annotations
 
 import json
-import sys
 
 import pytest
 
-from subcircuit import cli
 from subcircuit.analysis.circuit import Circuit
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """Run a command in this process: (exit status, standard output, standard error)."""
-
-    def command(*arguments):
-        monkeypatch.setattr(sys, "argv", ["subcircuit", *map(str, arguments)])
-        status = 0
-        try:
-            cli.main()
-        except SystemExit as end:
-            status = end.code or 0
-        captured = capsys.readouterr()
-        return status, captured.out, captured.err
-
-    return command
 
 
 @pytest.fixture
@@ -62,8 +43,10 @@ def test_a_circuit_without_a_model_needs_one(run, files):
     )
     assert run("compare", files[0])[2] == "error: 1 circuits cannot be compared; expected at least two\n"
     status, _, err = run("compare", files[0], "missing.json")
+    assert (status, err) == (2, "error: missing.json: No such file or directory\n")
+    status, _, err = run("compare", files[0], files[0])
     assert status == 2
-    assert "missing.json" in err
+    assert "a circuit is given twice" in err
 
 
 def test_faithfulness_judges_a_circuit(run, files, tmp_path):

@@ -16,26 +16,8 @@ import pytest
 from rich.console import Console
 
 import subcircuit as sc
-from subcircuit import cli, console, options
+from subcircuit import console, options
 from subcircuit.analysis import sweep as sweep_module
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """Run a command in this process: (exit status, standard output, standard error)."""
-
-    def command(*arguments):
-        monkeypatch.setattr(sys, "argv", ["subcircuit", *map(str, arguments)])
-        status = 0
-        try:
-            cli.main()
-        except SystemExit as end:
-            status = end.code or 0
-        captured = capsys.readouterr()
-        return status, captured.out, captured.err
-
-    return command
-
 
 TINY = ("--model", "tiny-gpt2", "--n", 4)
 
@@ -76,6 +58,9 @@ def test_a_dry_run_prints_the_plan_and_patches_nothing(run, monkeypatch):
     assert "32 sites × 4 prompts of 23 tokens = 128 rows, in 4 chunks" in out
     assert re.search(r"^3 +8 +[\d.]+ GFLOP +[\d.]+ GFLOP$", out, re.MULTILINE)
     assert re.search(r"Time on this machine, torch fp32: about [\d.]+ s", out)
+    status, out, _ = run(*dry, "--metric", "kl")
+    assert status == 0
+    assert re.search(r"^Reading the kl: [\d.]+ GFLOP$", out, re.MULTILINE)
     status, out, _ = run(*dry, "--json", "--budget", "10MB", "--components", "mlps")
     plan = json.loads(out)
     assert (plan["n_rows"], plan["budget_bytes"], plan["sites_by_layer"]) == (16, 10_000_000, [1, 1, 1, 1])

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ast
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -51,8 +54,16 @@ def test_every_error_can_be_caught_by_its_name(model):
     assert issubclass(sc.errors.WeightsError, sc.SubcircuitError)
 
 
-def test_every_public_name_can_be_imported():
+def test_every_public_name_can_be_imported_and_is_listed_once():
     for name in sc.__all__:
         assert getattr(sc, name) is not None
+    homes = [name for names in sc._HOMES.values() for name in names]
+    assert len(homes) == len(set(homes))
+    assert set(sc.__all__) == {*homes, "__version__", "errors"}
+    tree = ast.parse(Path(sc.__file__).read_text())
+    (typed,) = (node for node in tree.body if isinstance(node, ast.If))
+    for line in typed.body:  # what type checkers see
+        assert sorted(alias.name for alias in line.names) == sorted(sc._HOMES[line.module.removeprefix("subcircuit.")])
+    assert len(typed.body) == len(sc._HOMES)
     with pytest.raises(AttributeError, match="no attribute 'frobnicate'"):
         sc.frobnicate  # noqa: B018

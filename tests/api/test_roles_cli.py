@@ -4,32 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 
 import pytest
 
 import subcircuit as sc
-from subcircuit import cli
 
 TINY = ("--model", "tiny-gpt2", "--n", 8)
 HEADS = [(0, 1), (1, 6), (2, 0)]
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """Run a command in this process: (exit status, standard output, standard error)."""
-
-    def command(*arguments):
-        monkeypatch.setattr(sys, "argv", ["subcircuit", *map(str, arguments)])
-        status = 0
-        try:
-            cli.main()
-        except SystemExit as end:
-            status = end.code or 0
-        captured = capsys.readouterr()
-        return status, captured.out, captured.err
-
-    return command
 
 
 @pytest.fixture

@@ -3,30 +3,8 @@
 from __future__ import annotations
 
 import json
-import sys
-
-import pytest
-
-from subcircuit import cli
 
 QUICK = ("truth", "induction", "--family", "llama", "--method", "exact sweep, mean", "--n-seeds", "1", "--n", "4")
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """Run a command in this process: (exit status, standard output, standard error)."""
-
-    def command(*arguments):
-        monkeypatch.setattr(sys, "argv", ["subcircuit", *arguments])
-        status = 0
-        try:
-            cli.main()
-        except SystemExit as end:
-            status = end.code or 0
-        captured = capsys.readouterr()
-        return status, captured.out, captured.err
-
-    return command
 
 
 def test_the_table_has_a_line_per_method_and_known_model(run):

@@ -6,10 +6,11 @@ import itertools
 import random
 
 import pytest
+import torch
 
 from patching_cases import CONFIGS, RandomPrompts, random_model, random_prompts, relative_error
 from subcircuit.engine.errors import PatchError
-from subcircuit.engine.patching import patch_effects
+from subcircuit.engine.patching import Patch, Site, patch_effects
 from subcircuit.engine.patching.edge_delta import EdgeRun
 from subcircuit.engine.patching.edges import EdgeSession, EdgeSet, edge_effects, path_effects
 from subcircuit.engine.patching.graph import INPUT, LOGITS, edges, receivers, senders_to
@@ -163,6 +164,25 @@ def test_a_session_serves_changing_bases(case, rng):
         sets = random_sets(model.config, rng, 4)
         reference = edge_effects(model, prompts, sets, source="mean", base=base, executor="reference", precision="fp64")
         assert relative_error(session.edge_effects(sets, base).effects, reference.effects) < 1e-10
+
+
+@pytest.mark.parametrize("effects", [edge_effects, path_effects])
+def test_effects_of_full_forwards_in_bfloat16_are_float32_as_those_of_patches_are(case, effects):
+    model, prompts = case
+    result = effects(model, prompts, [("a0.h0", "m1")], executor="reference", precision="bf16")
+    assert result.effects.dtype == result.clean_metric.dtype == torch.float32
+
+
+def test_bases_may_hold_tensors(case, rng):
+    model, prompts = case
+    session = EdgeSession(model, prompts, precision="fp64")
+    removed = [("a0.h0", "a1.v1"), ("m0", LOGITS)]
+    for _ in range(2):
+        tokens = torch.randint(0, model.config.d_vocab, (1, prompts.clean.shape[1]))
+        values = model.double().run_with_cache(tokens, ["*.hook_z"])[1]
+        base = EdgeSet((), (Patch(Site.of("a0.h1"), values), Patch(Site.of("a2.h3"), values)))
+        reference = edge_effects(model, prompts, removed, base=base, executor="reference", precision="fp64")
+        assert relative_error(session.edge_effects(removed, base).effects, reference.effects) < 1e-10
 
 
 def test_rows_start_at_their_first_receiver(case, monkeypatch):

@@ -118,13 +118,23 @@ def test_a_base_that_changes_from_call_to_call_equals_full_forwards(case, source
         assert relative_error(session.effects(extras, base=base).effects, reference.effects) < 1e-12
 
 
-def test_one_clean_run_serves_every_call_that_was_prepared_for(case, monkeypatch):
-    from subcircuit.engine.patching import session as session_module
+def test_a_base_may_start_at_a_later_position_than_its_rows(case):
+    model, prompts = case
+    session = DeltaSession(model, prompts, precision="fp64")
+    sites = ["a1.h0", at("m1", 0, 2), at("a2.k1", 1), at("r0", 4)]
+    extras = [as_patch_set(Patch(Site.of(site), "mean")) for site in sites]
+    extras += [as_patch_set("a2.h1"), ()]
+    for base in (as_patch_set(at("a0.h3", -1)), as_patch_set(["a0.h3", "m0"]), as_patch_set(at("r1", 5, -1))):
+        whole = [(*base, *extra) for extra in extras]
+        reference = patch_effects(model, prompts, whole, executor="reference", precision="fp64")
+        assert relative_error(session.effects(extras, base=base).effects, reference.effects) < 1e-12
 
+
+def test_one_clean_run_serves_every_call_that_was_prepared_for(case, monkeypatch):
     model, prompts = case
     runs = []
-    original = session_module.DeltaRun
-    monkeypatch.setattr(session_module, "DeltaRun", lambda *args: runs.append(1) or original(*args))
+    original = DeltaSession._run_class
+    monkeypatch.setattr(DeltaSession, "_run_class", lambda self, *args: runs.append(1) or original(*args))
     prepared = DeltaSession(model, prompts, source="mean")
     prepared.prepare([as_patch_set(components_of(model.config))])
     for name in components_of(model.config):
@@ -204,6 +214,7 @@ def test_component_names_read_back(name):
         (["a0.h9"], "'a0.h9' does not exist: layer 0 has heads 0 to 3"),
         (["m1.n999"], "neurons 0 to"),
         (["head 3"], "'head 3' is not understood"),
+        ([at("a0.h0")], "'a0.h0' is to be patched at no position"),
         ([at("a0.h0", 9)], "position 9 of 'a0.h0' is outside prompts of 9 tokens"),
     ],
 )

@@ -96,19 +96,22 @@ def test_flops_and_chunks_are_those_of_the_executor(case, family, source, budget
     assert budget_bytes is None or plan.n_prompt_chunks > 1
 
 
+@pytest.mark.parametrize("metric", ["logit_difference", "log_probability", "kl", "accuracy"])
 @pytest.mark.parametrize("source", ["corrupted", "mean", "zero"])
-def test_flops_of_the_clean_side_are_those_of_its_products(case, source):
+def test_flops_of_the_clean_side_and_of_the_readout_are_those_of_their_products(case, source, metric):
     """torch counts no FLOPs of its fused attention on a CPU, which the plan does."""
     model, prompts = case
-    sites = ["m0", "m1"]  # these rows have plain products only, which are counted as well
-    plan = plan_effects(model, prompts, sites, source=source, precision="fp64", calibrate=False)
+    sites = ["m0", "m1", ()]  # these rows have plain products only, which are counted as well, or nothing to read
+    options = {"source": source, "precision": "fp64", "metric": metric}
+    plan = plan_effects(model, prompts, sites, calibrate=False, **options)
     with FlopCounterMode(display=False) as counter:
-        DeltaSession(model, prompts, source=source, precision="fp64").effects(sites)
+        DeltaSession(model, prompts, **options).effects(sites)
     counts = counter.get_flop_counts()["Global"]
     counted = sum(flops for operation, flops in counts.items() if operation in LINEAR)
     n_passes = model.config.n_layers if source == "zero" else model.config.n_layers + 2
     attention = 4 * 8 * n_passes * model.config.n_heads * model.config.d_head * 9**2
-    assert plan.clean_flops - attention + sum(plan.product_flops) == counted
+    assert plan.clean_flops - attention + sum(plan.product_flops) + plan.readout_flops == counted
+    assert (plan.readout_flops == 0) == (metric == "logit_difference")
 
 
 def test_one_row_alone_costs_a_single_head_and_then_the_layers_above(case):
@@ -135,7 +138,7 @@ def test_the_prediction_says_seconds_and_the_plan_is_plain_data(case):
     for family in SETS:
         assert plan_effects(model, prompts, SETS[family](model.config), precision="bf16").seconds > 0
     one_layer = random_model(replace(model.config, n_layers=1), SEED)
-    assert plan_effects(one_layer, prompts, ["a0.h0", "m0"]).seconds > 0
+    assert plan_effects(one_layer, prompts, ["a0.h0", "m0"], metric="kl").seconds > 0
     assert plan_effects(model, prompts, []).seconds is None
 
 
@@ -153,5 +156,7 @@ def test_what_a_sweep_refuses_its_plan_refuses(case):
         plan_effects(model, prompts, [at("a0.h0", 9)])
     with pytest.raises(PatchError, match="source 'median' is not known"):
         plan_effects(model, prompts, ["a0.h0"], source="median")
+    with pytest.raises(PatchError, match="metric 'loss' is not known"):
+        plan_effects(model, prompts, ["a0.h0"], metric="loss")
     with pytest.raises(PatchError, match="needs corrupted prompts"):
         plan_effects(model, replace(prompts, corrupted=None), ["a0.h0"])
