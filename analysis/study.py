@@ -7,8 +7,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, get_args
 
-import torch
-
 from subcircuit.analysis.circuit import Circuit, intersection, union
 from subcircuit.analysis.compare import cross_task_scores, jaccard_matrix
 from subcircuit.analysis.discover import discover
@@ -35,6 +33,7 @@ from subcircuit.analysis.tasks import task as build_task
 from subcircuit.engine.errors import PatchError, StoreError, TaskError
 from subcircuit.engine.model import HookedTransformer
 from subcircuit.engine.patching.session import Executor, Precision
+from subcircuit.engine.threads import SMALL_MODEL, suitable_threads
 from subcircuit.weights.names import load
 
 Progress = Callable[[str, int, int], None]
@@ -43,8 +42,6 @@ Progress = Callable[[str, int, int], None]
 N_EXAMPLES = 4
 N_TOP = 3
 """Tokens that an example shows of what the model expects."""
-SMALL_MODEL = 10_000_000
-"""Parameters up to which a model's tensors are too small to share between threads."""
 
 
 @dataclass(frozen=True)
@@ -195,21 +192,6 @@ def _is_finished(directory: RunDirectory, slug: str, stages: Sequence[str]) -> b
     if "transfer" in stages and not directory.has(f"results/{slug}.transfer.json"):
         return False
     return all(directory.has(name.format(slug, task)) for name in names for task in tasks)
-
-
-@contextmanager
-def suitable_threads(model: HookedTransformer) -> Iterator[None]:
-    """One thread for a small model on a CPU: its products are so short that several threads mostly wait for each other.
-
-    Two threads on two busy cores made tiny-gpt2's study ten times as long.
-    """
-    before = torch.get_num_threads()
-    if model.device.type == "cpu" and model.config.n_params <= SMALL_MODEL:
-        torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 @dataclass

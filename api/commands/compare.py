@@ -39,7 +39,7 @@ def compare(
 ) -> None:
     """Say what saved circuits share. Beside what circuits of their sizes share by chance."""
     from subcircuit.analysis.compare import compare_circuits
-    from subcircuit.analysis.study import suitable_threads
+    from subcircuit.engine.threads import suitable_threads
 
     circuits = _named([sc.Circuit.load(file) for file in files], files)
     models = {

@@ -74,7 +74,7 @@ def discover(
     """Find the circuit of one task: heads and MLPs, or edges."""
     from subcircuit.analysis.circuit_figure import circuit_text
     from subcircuit.analysis.store import write_whole
-    from subcircuit.analysis.study import suitable_threads
+    from subcircuit.engine.threads import suitable_threads
 
     # Only what was asked for is passed on, so that a method can refuse what it does not take.
     how = {"source": source, "precision": precision, "executor": executor}

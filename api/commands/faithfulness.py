@@ -57,7 +57,7 @@ def faithfulness(
     from subcircuit.analysis.baselines import random_baseline
     from subcircuit.analysis.curves import node_curve, node_ranking
     from subcircuit.analysis.evaluation import evaluate_circuit
-    from subcircuit.analysis.study import suitable_threads
+    from subcircuit.engine.threads import suitable_threads
 
     circuit = None if circuit_file is None else sc.Circuit.load(circuit_file)
     loaded = sc.load(model, dtype=dtype, device=device)

@@ -66,7 +66,7 @@ def features(
     quiet: QuietOption = False,
 ) -> None:
     """Patch every feature of a sparse dictionary in turn, and show the tokens that the strongest fire on."""
-    from subcircuit.analysis.study import suitable_threads
+    from subcircuit.engine.threads import suitable_threads
 
     indices = _indices(chosen)
     loaded = sc.load(model, dtype=dtype, device=device)

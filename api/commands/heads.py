@@ -61,8 +61,8 @@ def heads(
     from subcircuit.analysis.attention import repeated_token_measures
     from subcircuit.analysis.heads import head_roles, shared_roles
     from subcircuit.analysis.store import write_whole
-    from subcircuit.analysis.study import suitable_threads
     from subcircuit.engine.errors import PromptError
+    from subcircuit.engine.threads import suitable_threads
 
     names = [name.strip() for name in tasks.split(",") if name.strip()]
     circuits = [sc.Circuit.load(file) for file in circuit or []]

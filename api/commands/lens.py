@@ -50,7 +50,7 @@ def lens(
     from subcircuit.analysis.attribution import attribution
     from subcircuit.analysis.lens import lens as read_lens
     from subcircuit.analysis.store import write_whole
-    from subcircuit.analysis.study import suitable_threads
+    from subcircuit.engine.threads import suitable_threads
 
     where = positions_of(positions) or "last"
     loaded = sc.load(model, dtype=dtype, device=device)

@@ -54,7 +54,7 @@ def sensitivity(
 ) -> None:
     """Say what holds of a circuit however it is measured. Under every source, metric, scope and draw of prompts."""
     from subcircuit.analysis import sensitivity as conventions
-    from subcircuit.analysis.study import suitable_threads
+    from subcircuit.engine.threads import suitable_threads
 
     circuit = None if circuit_file is None else sc.Circuit.load(circuit_file)
     loaded = sc.load(model, dtype=dtype, device=device)

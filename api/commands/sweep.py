@@ -84,7 +84,7 @@ def sweep(
 ) -> None:
     """Patch every component in turn and measure its effect. On the logit difference, or on another metric."""
     from subcircuit.analysis.durable import durable_sweep
-    from subcircuit.analysis.study import suitable_threads
+    from subcircuit.engine.threads import suitable_threads
 
     if metric is not Metric.logit_difference and (method is not SweepMethod.exact or screen is not None):
         raise typer.BadParameter("--metric needs the exact method: gradients are of the logit difference")
@@ -131,7 +131,7 @@ def sweep(
         else:
             options |= {"method": method.value, "steps": steps}
             scores = sc.gradient_scores(loaded, prompts, components, **options)
-    rows = _with_q_values(scores, seed)
+    rows = scores.table() if screening is not None else _with_q_values(scores, seed)
     if csv_file is not None:
         write_csv(csv_file, rows)
     if as_json:
@@ -145,6 +145,7 @@ def sweep(
 
 
 def _with_q_values(scores: sc.Scores, seed: int) -> list[dict[str, Any]]:
+    """Rows of the table with q-values, which are of all sites: of those that a screening chose they would be wrong."""
     from subcircuit.analysis.baselines import cell_q_values
 
     q_values = cell_q_values(scores, seed=seed).tolist()
@@ -161,13 +162,14 @@ def _print_scores(scores: sc.Scores, screening: sc.Screening | None, rows: list[
         )
     elif scores.settings["method"] != "exact patching":
         out.print(f"effects to first order: {scores.settings['method']}")
-    table = new_table("site", "effect", "± s.e.", "share", "q")
+    with_q = screening is None
+    table = new_table("site", "effect", "± s.e.", "share", *(["q"] if with_q else []))
     for row in sorted(rows, key=lambda row: -abs(row["effect"]))[:top]:
         share = "–" if row["share"] is None else f"{row['share']:+.1%}"
-        q = "–" if row["q"] is None else f"{row['q']:.2g}"
-        table.add_row(row["site"], f"{row['effect']:+.3f}", f"{row['standard_error']:.3f}", share, q)
+        q = ["–" if row["q"] is None else f"{row['q']:.2g}"] if with_q else []
+        table.add_row(row["site"], f"{row['effect']:+.3f}", f"{row['standard_error']:.3f}", share, *q)
     out.print(table)
-    if all(row["q"] is not None for row in rows):
+    if with_q and all(row["q"] is not None for row in rows):
         n_called = sum(row["q"] <= CALLED for row in rows)
         out.print(f"{n_called} of {len(rows)} sites have an effect, at a false discovery rate of {CALLED:.0%} (q)")
     if scores.settings.get("n_halvings"):

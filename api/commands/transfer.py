@@ -48,8 +48,8 @@ def transfer(
 ) -> None:
     """Ablate a circuit's heads and let the model go on. Does it still count, add, list months?"""
     from subcircuit.analysis.store import write_whole
-    from subcircuit.analysis.study import suitable_threads
     from subcircuit.analysis.transfer_figures import transfer_figure
+    from subcircuit.engine.threads import suitable_threads
 
     circuits = _circuits(circuit or [], heads or [])
     loaded = sc.load(model, dtype=dtype, device=device)
