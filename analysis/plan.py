@@ -32,11 +32,14 @@ def plan(
     With `calibrate`, a second or two goes into timing two of the model's blocks; without it `seconds` is None.
 
     Raises PatchError as `sweep` does, and for the executor `reference`, which needs no plan: it runs one full forward
-    pass per row.
+    pass per row; for features of a dictionary too.
     """
     if executor == "reference":
         raise PatchError("executor 'reference' has no plan; expected 'torch' or 'triton'")
-    sites = sites_of(model.config, components, positions, task.clean.shape[1])
+    sites = sites_of(model.config, components, positions, task.clean.shape[1], model.dictionaries)
+    features = [site for site in sites if site.component.is_feature]
+    if features:
+        raise PatchError(f"site '{features[0]}' has no plan: what features of a dictionary cost is not modelled")
     return plan_effects(
         model,
         task,

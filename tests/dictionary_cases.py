@@ -26,13 +26,13 @@ def random_dictionary(
 
 
 def plain_encode(dictionary: SparseDictionary, x: Tensor) -> Tensor:
-    """Activations of vectors one at a time, feature by feature, by the definitions."""
+    """Activations of vectors one at a time, by the definitions."""
     rows = x.reshape(-1, dictionary.d_in).double()
     weights, bias = dictionary.W_enc.double(), dictionary.b_enc.double()
     acts = torch.zeros(len(rows), dictionary.d_sae, dtype=torch.float64)
     for i, row in enumerate(rows):
         centred = row - dictionary.b_dec.double() if dictionary.subtract_b_dec else row
-        pre = [float(centred @ weights[:, f] + bias[f]) for f in range(dictionary.d_sae)]
+        pre = (centred @ weights + bias).tolist()
         kept = sorted(range(dictionary.d_sae), key=lambda f: -pre[f])[: dictionary.k]
         for f in kept:
             above = 0.0 if dictionary.threshold is None else max(0.0, float(dictionary.threshold[f]))

@@ -10,6 +10,8 @@ import torch
 
 from dictionary_cases import ACTIVATIONS, PLACES, plain_encode, random_dictionary
 from patching_cases import CONFIGS, random_model, random_prompts, relative_error
+from subcircuit.analysis.plan import plan
+from subcircuit.engine.ablation import RowAblations
 from subcircuit.engine.errors import ConfigError, HookError, PatchError
 from subcircuit.engine.patching import Component, DeltaSession, Patch, Site, patch_effects
 from subcircuit.engine.patching import features as features_module
@@ -128,15 +130,15 @@ def test_sets_of_features_read_what_earlier_patches_left(model, prompts, activat
         [("m", 1, dict.fromkeys(range(40)), "zero")],
     ]
     sets, expected = [], []
-    for plan in plans:
+    for parts in plans:
         sets.append(
             [
                 Patch(Site(Component.parse(f"{'r' if letter == 'late' else letter}{layer}.f{f}"), positions), source)
-                for letter, layer, chosen, source in plan
+                for letter, layer, chosen, source in parts
                 for f, positions in chosen.items()
             ]
         )
-        hooked = [(at[letter], chosen, source) for letter, _, chosen, source in plan]
+        hooked = [(at[letter], chosen, source) for letter, _, chosen, source in parts]
         expected.append(hooked_effect(model, prompts, hooked))
     for executor in ("torch", "reference"):
         effects = patch_effects(spliced, prompts, sets, executor=executor, precision="fp64").effects
@@ -219,3 +221,49 @@ def test_dictionaries_that_do_not_fit_are_named(model):
         replace(good, activation="topk")
     with pytest.raises(ConfigError, match="'jumprelu' has one"):
         replace(good, activation="jumprelu")
+
+
+def test_features_are_set_while_generating(model):
+    dictionary = dictionaries_of(model)["r"]
+    spliced, name = model.with_dictionaries(dictionary), f"{dictionary.hook_name}.hook_sae_acts_post"
+    exact, prompt = dictionary.map(torch.Tensor.double), torch.randint(0, 50, (2, 5))
+
+    def by_hand(value, _):
+        return value - exact.encode(value) @ exact.W_dec
+
+    found = spliced.generate(prompt, 6, hooks=[(name, lambda acts, _: acts * 0)]).tokens
+    tokens = prompt
+    for _ in range(6):
+        logits = model.run_with_hooks(tokens, [(dictionary.hook_name, by_hand)])
+        tokens = torch.cat((tokens, logits[:, -1:].argmax(-1)), 1)
+    assert [list(row)[-6:] for row in found] == tokens[:, -6:].tolist()
+
+
+def test_what_knows_no_features_says_so(model, prompts):
+    spliced = model.with_dictionaries(dictionaries_of(model)["r"])
+    with pytest.raises(PatchError, match="'r1.f3' does not exist: no dictionary is known"):
+        RowAblations([["r1.f3"]]).hooks(spliced.config)
+    with pytest.raises(PatchError, match="site 'r1.f3' has no plan"):
+        plan(spliced, prompts, ["a0.h1", "r1.f3"])
+
+
+def test_gradients_reach_features_and_pass_through_unedited_ones(model, prompts):
+    dictionary = dictionaries_of(model)["m"]
+    spliced, where = model.with_dictionaries(dictionary), dictionary.hook_name
+    got = {}
+
+    def slope(of, names):
+        entered = ("hook_embed", lambda value, name: got.setdefault(name, value.detach().requires_grad_()))
+        watched = [(name, lambda grad, name: got.update({name: grad})) for name in names]
+        got.clear()
+        logits = of.run_with_hooks(prompts.clean, [entered], watched)
+        logit_difference(prompts, logits).sum().backward()
+        return got["hook_embed"].grad
+
+    with torch.enable_grad():
+        plain = slope(model, [where])
+        at_value = got[where].clone()
+        through = slope(spliced, [f"{where}.hook_sae_acts_post"])
+    torch.testing.assert_close(through, plain, rtol=1e-9, atol=1e-11)
+    expected = at_value @ dictionary.W_dec.double().T
+    torch.testing.assert_close(got[f"{where}.hook_sae_acts_post"], expected, rtol=1e-9, atol=1e-11)
