@@ -54,7 +54,9 @@ def discover(
     ] = False,
     first: Annotated[Direction | None, typer.Option(help="Direction of the first pruning sweep: backward.")] = None,
     max_sweeps: Annotated[int | None, typer.Option(min=1, help="At most so many pruning sweeps.")] = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="Of learning (masks: 200), of the path (eap-ig: 5).")] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Of learning (both masks: 200), of the path (eap-ig: 5).")
+    ] = None,
     source: Annotated[
         str | None,
         typer.Option(help="What is put in place: mean, corrupted (the default of eap and edge-masks) or zero."),
