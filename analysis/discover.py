@@ -9,7 +9,9 @@ from typing import Any
 
 from subcircuit.analysis.circuit import Circuit
 from subcircuit.analysis.eap import EdgeMethod, edge_scores
+from subcircuit.analysis.edge_masks import edge_mask_circuit
 from subcircuit.analysis.edges import acdc
+from subcircuit.analysis.gates import Learning
 from subcircuit.analysis.masks import mask_circuit
 from subcircuit.analysis.pruning import prune_nodes
 from subcircuit.analysis.tasks import Task
@@ -54,18 +56,20 @@ METHODS: dict[str, Callable[..., Circuit]] = {
     "eap": partial(strongest_edges, "eap"),
     "eap-ig": partial(strongest_edges, "eap-ig"),
     "masks": mask_circuit,
+    "edge-masks": edge_mask_circuit,
 }
 
 
 def discover(model: HookedTransformer, task: Task, method: str = "prune", **options: Any) -> Circuit:
     """The circuit with which a model does a task.
 
-    | method          | finds | by                                              | options of                       |
-    | --------------- | ----- | ----------------------------------------------- | -------------------------------- |
-    | `prune`         | nodes | iterative pruning (Lan et al., arXiv 2311.04131)  | `analysis.pruning.prune_nodes`   |
-    | `masks`         | nodes | learned gates, then exact scores                | `analysis.masks.mask_circuit`    |
-    | `acdc`          | edges | Conmy et al. 2023 (arXiv 2304.14997)            | `analysis.edges.acdc`            |
-    | `eap`, `eap-ig` | edges | gradients (arXiv 2310.10348, 2403.17806)        | `analysis.discover.strongest_edges` |
+    | method          | finds | by                                               | options of `analysis`'s        |
+    | --------------- | ----- | ------------------------------------------------ | ------------------------------ |
+    | `prune`         | nodes | iterative pruning (Lan et al., arXiv 2311.04131) | `pruning.prune_nodes`          |
+    | `masks`         | nodes | learned gates, then exact scores                 | `masks.mask_circuit`           |
+    | `acdc`          | edges | Conmy et al. 2023 (arXiv 2304.14997)             | `edges.acdc`                   |
+    | `eap`, `eap-ig` | edges | gradients (arXiv 2310.10348, 2403.17806)         | `discover.strongest_edges`     |
+    | `edge-masks`    | edges | learned gates (arXiv 2406.16778), exact scores   | `edge_masks.edge_mask_circuit` |
 
     Raises PatchError for an unknown method or an option that it does not take, and what the method raises.
     """
@@ -79,6 +83,8 @@ def discover(model: HookedTransformer, task: Task, method: str = "prune", **opti
 
 
 def options_of(method: str) -> list[str]:
-    """Names of the options that a method takes."""
+    """Names of the options that a method takes; those that learn gates take the options of learning too."""
     parameters = inspect.signature(METHODS[method]).parameters.values()
-    return [each.name for each in parameters if each.kind is inspect.Parameter.KEYWORD_ONLY]
+    names = [each.name for each in parameters if each.kind is inspect.Parameter.KEYWORD_ONLY]
+    learns = any(each.kind is inspect.Parameter.VAR_KEYWORD for each in parameters)
+    return [*names, *Learning.__annotations__] if learns else names

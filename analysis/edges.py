@@ -267,6 +267,7 @@ def acdc(
     threshold: float = 1.0,
     both_sides: bool = False,
     source: Source = "mean",
+    metric: Metric = "logit_difference",
     executor: Executor = "torch",
     precision: Precision = "fp32",
     candidates_per_batch: int | None = None,
@@ -278,18 +279,26 @@ def acdc(
     Receivers are visited from the logits down, and the senders of each from the last to the first. An edge is removed
     for good if the score of what is left falls by less than `threshold` points without it; with `both_sides`, only if
     it rises by less than that too, which keeps edges that work against the answer. Edges into a node that nothing
-    reads any more change nothing and go at once.
+    reads any more change nothing and go at once. Scores are those of `metric`, as `Ablation` defines them; the paper's
+    own metric is `kl`, whose threshold is in points of exp(−KL) here.
 
     Candidates are evaluated several at a time under the guess that all before them are removed; a decision is taken
     only when that was right, so every decision is the one that the sequential rule takes. `progress` is called with
     (edges decided, edges of the model). `edge_scores` are the points that each kept edge would have cost.
 
-    Raises PatchError for a threshold that is not positive, TaskError when the model does not do the task.
+    Raises PatchError for a threshold that is not positive or a metric that does not exist, TaskError when the model
+    does not do the task.
     """
     if threshold <= 0:
         raise PatchError(f"threshold {threshold} must be positive: points of score that an edge may cost")
     ablation = EdgeAblation(
-        model, task, source=source, executor=executor, precision=precision, budget_bytes=budget_bytes
+        model,
+        task,
+        source=source,
+        metric=metric,
+        executor=executor,
+        precision=precision,
+        budget_bytes=budget_bytes,
     )
     at_once = candidates_per_batch or candidates_at_once(model, task)
     search = _Acdc(ablation, threshold, both_sides, at_once, progress)

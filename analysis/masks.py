@@ -1,21 +1,13 @@
-"""Subnetwork search: a gate between 0 and 1 on every node, learned by gradient descent on the task and on the size.
+"""Subnetwork search over nodes: a learned gate on every head and MLP (`gates`), then exact scores.
 
-Each gate is a hard concrete variable (Louizos et al. 2018, arXiv 1712.01312, section 2.2): its logit log α and noise
-decide a value in (γ, ζ), clipped to 0…1, so that it is exactly 0 or 1 most of the time and yet has a gradient. A node
-of gate m has the value m · its own + (1 − m) · its source's; what is minimised is how far the gated model's answers are
-from the full model's, plus the expected share of open gates. Such masks have found subnetworks since Cao et al. 2021
-(arXiv 2104.03514); circuit probing (Lepori et al. 2023, arXiv 2311.04354) and edge pruning (Bhaskar et al. 2024, arXiv
-2406.16778) do it for circuits.
-
-The gates give an order of the nodes. Which of them a circuit needs is then decided by exact scores, not by the gates.
+A node of gate m has the value m · its own + (1 − m) · its source's. Such masks have found subnetworks since Cao et al.
+2021 (arXiv 2104.03514); circuit probing (Lepori et al. 2023, arXiv 2311.04354) does it for circuits.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Unpack
 
 import torch
 from jaxtyping import Float
@@ -23,37 +15,13 @@ from torch import Tensor
 
 from subcircuit.analysis.circuit import Circuit
 from subcircuit.analysis.faithfulness import Ablation, all_nodes
-from subcircuit.analysis.metrics import kl_divergence, logit_difference
+from subcircuit.analysis.gates import Learning, Masks, learn_gates, near_enough, smallest_prefix
 from subcircuit.analysis.tasks import Task
-from subcircuit.engine.errors import PatchError
 from subcircuit.engine.hooks import Hook
 from subcircuit.engine.model import HookedTransformer
 from subcircuit.engine.patching import Component, Patch, Site, Source
-from subcircuit.engine.patching.sources import Sources
-
-Loss = Literal["kl", "logit_difference"]
-
-# The paper's constants: a gate's range before it is clipped, and the temperature of its noise.
-GAMMA, ZETA, TEMPERATURE = -0.1, 1.1, 2 / 3
-
-
-@dataclass(frozen=True, eq=False)
-class Masks:
-    """What gates were learned: a logit per node, large where the node is needed, and the loss at every step."""
-
-    nodes: tuple[Component, ...]
-    log_alpha: Float[Tensor, " node"]
-    losses: tuple[float, ...]
-
-    @property
-    def gates(self) -> Float[Tensor, " node"]:
-        """Each gate without noise, 0 to 1."""
-        return _stretched(self.log_alpha.sigmoid())
-
-    def ranking(self) -> list[Component]:
-        """The nodes, those that are needed most first."""
-        order = self.log_alpha.argsort(descending=True, stable=True)
-        return [self.nodes[i] for i in order.tolist()]
+from subcircuit.engine.patching.metric import Metric
+from subcircuit.engine.patching.sources import PromptChunk, Sources
 
 
 def learn_masks(
@@ -62,52 +30,19 @@ def learn_masks(
     nodes: Sequence[Component],
     *,
     source: Source = "mean",
-    loss: Loss = "kl",
-    size_weight: float = 1.0,
-    steps: int = 200,
-    learning_rate: float = 0.1,
-    prompts_per_step: int = 32,
-    seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
-) -> Masks:
-    """Gates for nodes (heads and MLPs), learned on a task's prompts.
-
-    loss: `kl`, KL(full model ‖ gated model) at the last position in nats, or `logit_difference`, the squared change of
-    each prompt's logit difference in units of the full model's mean.
-    size_weight: what all gates open cost, in units of that loss; it grows to this over the first third of the steps.
-    steps, learning_rate: of Adam. prompts_per_step: drawn for each step. seed: of prompts and noise.
+    **learning: Unpack[Learning],
+) -> Masks[Component]:
+    """Gates for nodes (heads and MLPs), learned on a task's prompts as `learn_gates` says.
 
     Raises PatchError for an unknown loss or source, or a number that must be positive and is not.
     """
-    if loss not in ("kl", "logit_difference"):
-        raise PatchError(f"loss {loss!r} is not known; expected 'kl' or 'logit_difference'")
-    for name, value in (("steps", steps), ("learning_rate", learning_rate), ("prompts_per_step", prompts_per_step)):
-        if value <= 0:
-            raise PatchError(f"{name} is {value}; expected a positive number")
-    generator = torch.Generator().manual_seed(seed)
-    patch_sets = [tuple(Patch(Site(node)) for node in nodes)]
-    sources = Sources(model, task, patch_sets, source, min(prompts_per_step, task.n))
-    full = _final_logits(model, task, prompts_per_step)
-    # All start open, so that the first steps see the model as it is.
-    log_alpha = torch.full((len(nodes),), 2.0, requires_grad=True)
-    optimizer = torch.optim.Adam([log_alpha], lr=learning_rate)
-    losses = []
-    for step in range(steps):
-        chosen = torch.randperm(task.n, generator=generator)[:prompts_per_step].sort().values
-        gates = _sampled(log_alpha, generator).to(model.device, model.dtype)
-        hooks = _gated(model, nodes, gates, sources, chosen)
-        logits = model.run_with_hooks(task.clean[chosen], hooks)[:, -1]
-        difference = _distance(logits, full[chosen], task.subset(chosen.tolist()), loss)
-        size = size_weight * min(1.0, 3 * (step + 1) / steps) * _open_probability(log_alpha).mean()
-        total = difference.cpu() + size
-        optimizer.zero_grad()
-        total.backward()
-        optimizer.step()
-        sources.forget()
-        losses.append(float(total.detach()))
-        if progress is not None:
-            progress(step + 1, steps)
-    return Masks(tuple(nodes), log_alpha.detach(), tuple(losses))
+    patches = tuple(Patch(Site(node)) for node in nodes)
+
+    def hooks(gates: Tensor, sources: Sources, prompts: PromptChunk) -> list[Hook]:
+        return gated(model, nodes, gates, sources, prompts)
+
+    return learn_gates(model, task, nodes, patches, hooks, source=source, progress=progress, **learning)
 
 
 def mask_circuit(
@@ -115,55 +50,57 @@ def mask_circuit(
     task: Task,
     *,
     threshold: float = 20.0,
+    both_sides: bool = False,
     source: Source = "mean",
+    metric: Metric = "logit_difference",
     ablation: Ablation | None = None,
-    steps: int = 200,
-    seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
-    **learning: Any,
+    **learning: Unpack[Learning],
 ) -> Circuit:
     """The circuit that learned gates lead to: the fewest nodes, in the gates' order, that score 100 − `threshold`.
 
-    Scores are exact (`faithfulness.Ablation`). `learning` is passed on to `learn_masks`; the other arguments are as in
-    `discover`.
+    With `both_sides` the score may not exceed 100 + `threshold` either, which keeps nodes that work against the answer.
+    Scores are exact (`faithfulness.Ablation`), and those of `metric`; an `ablation` made before brings its own. The
+    other options are those of `learn_gates`.
 
     Raises PatchError as `learn_masks` does, TaskError when the model does not do the task.
     """
-    ablation = ablation or Ablation(model, task, source=source)
-    nodes = all_nodes(model.config)
-    masks = learn_masks(model, task, nodes, source=source, steps=steps, seed=seed, progress=progress, **learning)
+    ablation = ablation or Ablation(model, task, source=source, metric=metric)
+    masks = learn_masks(model, task, all_nodes(model.config), source=source, progress=progress, **learning)
+    about = {"threshold": threshold, "both_sides": both_sides, **learning}
+    return circuit_of_masks(masks, ablation, threshold, both_sides, about)
+
+
+def circuit_of_masks(
+    masks: Masks[Component],
+    ablation: Ablation,
+    threshold: float = 20.0,
+    both_sides: bool = False,
+    settings: Mapping[str, object] | None = None,
+) -> Circuit:
+    """The fewest nodes, in the order of their gates, whose exact score is near enough to the full model's 100."""
     ranking = masks.ranking()
-    scores = ablation.scores([ranking[size:] for size in range(len(ranking) + 1)])
-    size = next(size for size, score in enumerate(scores) if score >= 100 - threshold)
-    about = {"threshold": threshold, "steps": steps, "seed": seed, **learning}
+
+    def scores_of(sizes: Sequence[int]) -> list[float]:
+        return ablation.scores([ranking[size:] for size in sizes])
+
+    size, score = smallest_prefix(scores_of, len(ranking), len(ranking) + 1, near_enough(threshold, both_sides))
     return Circuit.of_nodes(
         ranking[:size],
-        model=model.config.name,
-        task=task.name,
+        model=ablation.model.config.name,
+        task=ablation.task.name,
         method="masks",
-        score=scores[size],
-        settings={**ablation.settings, **about},
+        score=score,
+        settings={**ablation.settings, **(settings or {})},
     )
 
 
-@torch.no_grad()
-def _final_logits(model: HookedTransformer, task: Task, n_rows: int) -> Float[Tensor, "prompt d_vocab"]:
-    return torch.cat([model(rows)[:, -1] for rows in task.clean.split(n_rows)])
-
-
-def _distance(logits: Tensor, full: Tensor, task: Task, loss: Loss) -> Float[Tensor, ""]:
-    if loss == "kl":
-        return kl_divergence(logits, full).mean()
-    gated, whole = (logit_difference(rows, *task.answer_sets) for rows in (logits, full))
-    return ((gated - whole) / whole.mean()).square().mean()
-
-
-def _gated(
+def gated(
     model: HookedTransformer,
     nodes: Sequence[Component],
     gates: Float[Tensor, " node"],
     sources: Sources,
-    prompts: Tensor,
+    prompts: PromptChunk,
 ) -> list[Hook]:
     """Hooks that put each node between its own value and its source's."""
     at_hook: dict[str, dict[int, int]] = {}
@@ -188,18 +125,3 @@ def _mixer(
         return source + gate * (value - source)
 
     return mix
-
-
-def _sampled(log_alpha: Float[Tensor, " node"], generator: torch.Generator) -> Float[Tensor, " node"]:
-    """Gates with noise: the paper's equation 10 and 11."""
-    uniform = torch.rand(log_alpha.shape, generator=generator).clamp(1e-6, 1 - 1e-6)
-    return _stretched(((uniform.logit() + log_alpha) / TEMPERATURE).sigmoid())
-
-
-def _stretched(concrete: Tensor) -> Tensor:
-    return (concrete * (ZETA - GAMMA) + GAMMA).clamp(0, 1)
-
-
-def _open_probability(log_alpha: Tensor) -> Tensor:
-    """Probability that a gate is not 0: the paper's equation 12."""
-    return (log_alpha - TEMPERATURE * math.log(-GAMMA / ZETA)).sigmoid()

@@ -13,6 +13,7 @@ from subcircuit.engine.config import ModelConfig
 from subcircuit.engine.errors import PatchError
 from subcircuit.engine.model import HookedTransformer
 from subcircuit.engine.patching import Component, Source
+from subcircuit.engine.patching.metric import Metric
 from subcircuit.engine.patching.session import Executor, Precision
 
 Direction = Literal["backward", "forward"]
@@ -30,6 +31,7 @@ def prune_nodes(
     first: Direction = "backward",
     max_sweeps: int | None = None,
     source: Source = "mean",
+    metric: Metric = "logit_difference",
     executor: Executor = "torch",
     precision: Precision = "fp32",
     candidates_per_batch: int | None = None,
@@ -47,8 +49,9 @@ def prune_nodes(
 
     Candidates are evaluated several at a time under a guess of how the ones before them end; a decision is taken only
     when all those guesses were right, so every decision is the one that the sequential rule takes. `progress` is
-    called with (candidates decided in this sweep, candidates of this sweep). An `ablation` made before for this model
-    and task saves its clean run; it brings its own source, executor and precision.
+    called with (candidates decided in this sweep, candidates of this sweep). Scores are those of `metric`, as
+    `Ablation` defines them. An `ablation` made before for this model and task saves its clean run; it brings its own
+    source, metric, executor and precision.
 
     Raises PatchError for a bad option, TaskError when the model does not do the task.
     """
@@ -58,7 +61,13 @@ def prune_nodes(
         raise PatchError(f"threshold {threshold} must be positive: points of score that the circuit may lose")
     if ablation is None:
         ablation = Ablation(
-            model, task, source=source, executor=executor, precision=precision, budget_bytes=budget_bytes
+            model,
+            task,
+            source=source,
+            metric=metric,
+            executor=executor,
+            precision=precision,
+            budget_bytes=budget_bytes,
         )
     at_once = candidates_per_batch or candidates_at_once(model, task)
     pruning = _Pruning(ablation, threshold, both_sides, at_once, progress)

@@ -11,6 +11,13 @@ from statistics import fmean
 from typing import Any
 
 from subcircuit.analysis.discover import discover
+from subcircuit.analysis.eap import EdgeMethod, edge_scores
+from subcircuit.analysis.edge_masks import circuit_of_edge_masks, learn_edge_masks
+from subcircuit.analysis.edges import EdgeAblation, prune_edges, verify_edges
+from subcircuit.analysis.faithfulness import Ablation, all_nodes
+from subcircuit.analysis.gradients import Method as GradientMethod
+from subcircuit.analysis.gradients import gradient_scores
+from subcircuit.analysis.masks import circuit_of_masks, learn_masks
 from subcircuit.analysis.sweep import sweep
 from subcircuit.analysis.tasks import Task
 from subcircuit.analysis.truth.build import Truth
@@ -19,17 +26,63 @@ from subcircuit.analysis.truth.recovery import FIGURES, Found, truth_report
 from subcircuit.analysis.truth.weights import Family
 from subcircuit.engine.errors import PatchError
 from subcircuit.engine.model import HookedTransformer
+from subcircuit.engine.patching.graph import edges
+from subcircuit.engine.patching.path_delta import Freeze
 
 Method = Callable[[HookedTransformer, Task], Found]
 
 
 def _exact_sweep(source: str, model: HookedTransformer, task: Task) -> Found:
-    return Found.of_scores(sweep(model, task, "heads+mlps", source=source))
+    return Found.of_scores(sweep(model, task, "heads+mlps", source=source), SHARE)
+
+
+def _exact_edges(model: HookedTransformer, task: Task) -> Found:
+    verified = verify_edges(model, task, edges(model.config))
+    scores = dict(zip(verified.edges, (verified.mean / verified.clean_metric.mean()).tolist(), strict=True))
+    return Found(edges={edge for edge, share in scores.items() if abs(share) >= SHARE}, edge_scores=scores)
 
 
 def _pruning(source: str, both_sides: bool, model: HookedTransformer, task: Task) -> Found:
     return Found.of_circuit(discover(model, task, source=source, both_sides=both_sides))
 
+
+def _edge_pruning(freeze: Freeze, model: HookedTransformer, task: Task) -> Found:
+    """All edges within the circuit that pruning on both sides leaves; what it says of nodes is that pruning's."""
+    nodes = discover(model, task, source="corrupted", both_sides=True)
+    every: dict[str, Any] = {"from_input": True, "same_layer": True}
+    circuit = prune_edges(model, task, nodes, source="corrupted", freeze=freeze, both_sides=True, **every)
+    return Found(edges=set(circuit.edges))
+
+
+def _acdc(both_sides: bool, model: HookedTransformer, task: Task) -> Found:
+    return Found.of_circuit(discover(model, task, "acdc", source="corrupted", both_sides=both_sides))
+
+
+def _gradients(method: GradientMethod, model: HookedTransformer, task: Task) -> Found:
+    return Found.of_scores(gradient_scores(model, task, "heads+mlps", method=method), SHARE)
+
+
+def _edge_gradients(method: EdgeMethod, model: HookedTransformer, task: Task) -> Found:
+    scores = edge_scores(model, task, method)
+    circuit = scores.circuit(threshold=SHARE * float(scores.clean_metric.mean().abs()))
+    return Found(edges=set(circuit.edges), edge_scores=dict(scores.top(scores.n_edges)))
+
+
+def _masks(model: HookedTransformer, task: Task) -> Found:
+    masks = learn_masks(model, task, all_nodes(model.config), source="corrupted")
+    circuit = circuit_of_masks(masks, Ablation(model, task, source="corrupted"), both_sides=True)
+    strengths = {str(node): strength for node, strength in masks.strengths().items()}
+    return Found(nodes={str(node) for node in circuit.nodes}, node_scores=strengths)
+
+
+def _edge_masks(model: HookedTransformer, task: Task) -> Found:
+    masks = learn_edge_masks(model, task)
+    circuit = circuit_of_edge_masks(masks, EdgeAblation(model, task, source="corrupted"), both_sides=True)
+    return Found(edges=set(circuit.edges), edge_scores=masks.strengths())
+
+
+SHARE = 0.05
+"""The least effect, as a share of the clean logit difference, that counts where a method has only a ranking."""
 
 METHODS: dict[str, Method] = {
     "exact sweep, corrupted": partial(_exact_sweep, "corrupted"),
@@ -39,6 +92,18 @@ METHODS: dict[str, Method] = {
     "pruning, corrupted": partial(_pruning, "corrupted", False),
     "pruning on both sides, mean": partial(_pruning, "mean", True),
     "pruning on both sides, corrupted": partial(_pruning, "corrupted", True),
+    "attribution patching": partial(_gradients, "atp"),
+    "integrated gradients": partial(_gradients, "ig"),
+    "AtP*": partial(_gradients, "atp*"),
+    "node masks": _masks,
+    "exact edges": _exact_edges,
+    "pruning, then paths": partial(_edge_pruning, "heads"),
+    "pruning, then direct edges": partial(_edge_pruning, "heads+mlps"),
+    "ACDC": partial(_acdc, False),
+    "ACDC on both sides": partial(_acdc, True),
+    "EAP": partial(_edge_gradients, "eap"),
+    "EAP-IG": partial(_edge_gradients, "eap-ig"),
+    "edge masks": _edge_masks,
 }
 """Methods by name: each takes a model and a task and says which nodes and edges it finds, as a set or a ranking."""
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 import subcircuit as sc
+from subcircuit.commands.truth import truth as truth_command
 from subcircuit.console import err, new_table, out, progress_bars
 from subcircuit.options import DeviceOption, JsonOption, QuietOption, SeedOption
 
@@ -59,6 +60,9 @@ def bench(
     grid: Annotated[bool, typer.Option("--grid", help="Also how time grows with prompts, tokens and layers.")] = False,
     device: DeviceOption = "cpu",
     seed: SeedOption = 0,
+    truth: Annotated[
+        bool, typer.Option("--truth", help="Not speed: how well methods recover known circuits, as `truth` prints it.")
+    ] = False,
     directory: Annotated[
         Path | None, typer.Option("--out", "-o", help="Write bench.json, bench.md and bench.svg to this directory.")
     ] = None,
@@ -66,6 +70,9 @@ def bench(
     quiet: QuietOption = False,
 ) -> None:
     """Time the same sweep by this and by other libraries. Speed, memory, error."""
+    if truth:
+        truth_command(n=prompts, seed=seed, as_json=as_json, quiet=quiet)
+        return
     from subcircuit.bench import SCENARIOS, Settings, run_benchmark
     from subcircuit.bench.contestants import chosen, interpreters
     from subcircuit.bench.model_files import gpt2_config

@@ -16,6 +16,7 @@ from subcircuit.options import (
     Executor,
     FilterOption,
     JsonOption,
+    Metric,
     ModelOption,
     NOption,
     Precision,
@@ -32,7 +33,8 @@ def discover(
     method: Annotated[
         str,
         typer.Option(
-            help="Of nodes: prune (the paper's iterative pruning), masks (learned gates); of edges: acdc, eap, eap-ig."
+            help="Of nodes: prune (the paper's iterative pruning), masks (learned gates); of edges: acdc, eap, eap-ig, "
+            "edge-masks."
         ),
     ] = "prune",
     n: NOption = 32,
@@ -42,19 +44,25 @@ def discover(
     threshold: Annotated[
         float | None,
         typer.Option(
-            help="Points of score that the circuit (prune, masks: 20) or each edge (acdc: 1) may lose; "
+            help="Points of score that the circuit (prune, masks, edge-masks: 20) or each edge (acdc: 1) may lose; "
             "eap: least score of an edge."
         ),
     ] = None,
     n_edges: Annotated[int | None, typer.Option(min=1, help="Edges to take: eap, eap-ig.")] = None,
     both_sides: Annotated[
-        bool, typer.Option("--both-sides", help="Keep what works against the answer too: prune, acdc, --edges.")
+        bool, typer.Option("--both-sides", help="Keep what works against the answer too: all but eap and eap-ig.")
     ] = False,
     first: Annotated[Direction | None, typer.Option(help="Direction of the first pruning sweep: backward.")] = None,
     max_sweeps: Annotated[int | None, typer.Option(min=1, help="At most so many pruning sweeps.")] = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="Of learning (masks: 200), of the path (eap-ig: 5).")] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Of learning (both masks: 200), of the path (eap-ig: 5).")
+    ] = None,
     source: Annotated[
-        str | None, typer.Option(help="What is put in place: mean, corrupted (what eap starts from) or zero.")
+        str | None,
+        typer.Option(help="What is put in place: mean, corrupted (the default of eap and edge-masks) or zero."),
+    ] = None,
+    metric: Annotated[
+        Metric | None, typer.Option(help="What scores are made of: logit_difference; all but eap and eap-ig.")
     ] = None,
     edges: Annotated[bool, typer.Option("--edges", help="Prune the circuit's edges too, by path patching.")] = False,
     edge_threshold: Annotated[
@@ -81,12 +89,13 @@ def discover(
     asked = _given(
         **how,
         threshold=threshold,
+        metric=metric,
         n_edges=n_edges,
         both_sides=both_sides or None,
         first=first,
         max_sweeps=max_sweeps,
         steps=steps,
-        seed=seed if method == "masks" else None,
+        seed=seed if method in ("masks", "edge-masks") else None,
     )
     loaded = sc.load(model, dtype=dtype, device=device)
     prompts = sc.task(task, loaded, n=n, seed=seed, template=template, filter=only_answered)
@@ -114,7 +123,7 @@ def discover(
     print(circuit.to_json() if as_json else str(circuit))
 
 
-_WHAT = {"prune": "pruning", "masks": "learning"}
+_WHAT = {"prune": "pruning", "masks": "learning", "edge-masks": "learning"}
 
 
 def _given(**options: Any) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from subcircuit.engine.config import ModelConfig
 from subcircuit.engine.hooks import Hook
 from subcircuit.engine.model import HookedTransformer
 from subcircuit.engine.patching.edge_delta import EdgeSet, sender
@@ -97,7 +98,7 @@ class EdgeReference:
             def hook(value: Tensor, _: str) -> None:
                 written[name] = value[:, :, part.index] if part.kind == "z" else value
 
-            return _output_name(part), hook
+            return output_name(part), hook
 
         return [note(name) for name in names]
 
@@ -113,26 +114,34 @@ class EdgeReference:
                 value[at] = values[name]
                 return value
 
-            return _output_name(part), hook
+            return output_name(part), hook
 
         return [put(name) for name in values]
 
 
-def _output_name(part: Component) -> str:
+def output_name(part: Component) -> str:
+    """The hook point of what a sender writes to the residual stream."""
     return f"blocks.{part.layer}.attn.hook_result" if part.kind == "z" else part.hook_name
+
+
+def input_name(receiver: str, config: ModelConfig) -> str:
+    """The hook point of what a receiver reads of the residual stream, which heads of a layer share."""
+    if receiver == LOGITS:
+        return f"blocks.{config.n_layers - 1}.hook_resid_post"
+    part = Component.parse(receiver)
+    return f"blocks.{part.layer}.hook_mlp_in" if part.kind == "mlp" else f"blocks.{part.layer}.hook_{part.kind}_input"
 
 
 def _input_hook(model: HookedTransformer, receiver: str, replace: Callable[[str, Tensor], Tensor]) -> Hook:
     """A hook that lets a receiver read `replace(receiver, what it read)`."""
-    if receiver == LOGITS:
-        return f"blocks.{model.config.n_layers - 1}.hook_resid_post", lambda value, _: replace(receiver, value)
-    part = Component.parse(receiver)
-    if part.kind == "mlp":
-        return f"blocks.{part.layer}.hook_mlp_in", lambda value, _: replace(receiver, value)
+    name = input_name(receiver, model.config)
+    if not name.endswith(("q_input", "k_input", "v_input")):
+        return name, lambda value, _: replace(receiver, value)
+    head = Component.parse(receiver).index
 
     def hook(value: Tensor, _: str) -> Tensor:
         value = value.clone()
-        value[:, :, part.index] = replace(receiver, value[:, :, part.index].clone())
+        value[:, :, head] = replace(receiver, value[:, :, head].clone())
         return value
 
-    return f"blocks.{part.layer}.hook_{part.kind}_input", hook
+    return name, hook

@@ -105,6 +105,20 @@ def test_pruning_on_both_sides_keeps_what_would_raise_the_score_too_far(case):
     assert circuit.settings["both_sides"]
 
 
+def test_pruning_by_the_kl_is_that_of_full_forwards(case):
+    model, task = case
+    ablation = Ablation(model, task, metric="kl", precision="fp64")
+    threshold = (100 - ablation.score_of(set())) / 4
+    options = {"metric": "kl", "threshold": threshold, "precision": "fp64"}
+    circuit = discover(model, task, **options)
+    slow = discover(model, task, executor="reference", candidates_per_batch=1, **options)
+    assert [(step.node, step.removed) for step in circuit.trace] == [(step.node, step.removed) for step in slow.trace]
+    assert {step.removed for step in circuit.trace} == {True, False}
+    assert circuit.score == pytest.approx(slow.score)
+    assert circuit.score == pytest.approx(ablation.score_of(set(circuit.nodes)))
+    assert circuit.settings["metric"] == "kl"
+
+
 @pytest.mark.parametrize("name", ["numerals", "number_words", "months"])
 def test_the_bundled_model_is_pruned_as_the_sequential_rule_does(name):
     model = load("tiny-gpt2")

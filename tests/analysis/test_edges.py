@@ -30,13 +30,15 @@ def case(request):
     return model, task_for(model, SEED + 1)
 
 
-def sequential_acdc(model, task, threshold, source):
+def sequential_acdc(model, task, threshold, source, metric="logit_difference"):
     """The rule as plainly as it can be said: one hooked forward per edge, none of them left out."""
-    clean = edge_effects(model, task, [()], source=source, **EXACT).clean_metric.mean()
+    options = {"source": source, "metric": metric, **EXACT}
+    clean = edge_effects(model, task, [()], **options).clean_metric.mean()
 
     def score_without(removed):
-        effects = edge_effects(model, task, [removed], source=source, **EXACT).effects
-        return 100 * float((effects.mean() + clean) / clean)
+        effect = edge_effects(model, task, [removed], **options).effects.mean()
+        shares = {"kl": (-effect).exp(), "log_probability": effect.exp(), "logit_difference": (effect + clean) / clean}
+        return 100 * float(shares[metric])
 
     removed, kept, now, trace = [], {}, 100.0, {}
     for edge in reversed(edges(model.config)):
@@ -68,6 +70,19 @@ def test_acdc_decides_as_the_sequential_rule_does(case, source, threshold, at_on
     )
     assert edge_score(model, task, circuit, source=source, precision="fp64") == pytest.approx(final_score)
     assert {str(node) for node in circuit.nodes} == {sender for sender, _ in kept} - {INPUT}
+
+
+def test_acdc_by_the_kl_decides_as_the_sequential_rule_does(case):
+    model, task = case
+    nothing_left = EdgeAblation(model, task, metric="kl", precision="fp64").score_of([])
+    # So little per edge that all of them together cannot go.
+    threshold = (100 - nothing_left) / len(edges(model.config))
+    kept, final_score, _ = sequential_acdc(model, task, threshold, "mean", "kl")
+    circuit = discover(model, task, "acdc", metric="kl", threshold=threshold, precision="fp64")
+    assert set(circuit.edges) == set(kept)
+    assert 0 < len(kept) < len(edges(model.config))
+    assert circuit.score == pytest.approx(final_score)
+    assert circuit.settings["metric"] == "kl"
 
 
 def test_the_executors_find_the_same_edges(case):

@@ -9,7 +9,8 @@ from torch import Tensor
 import subcircuit as sc
 from patching_cases import CONFIGS, random_model, random_task
 from subcircuit.analysis.faithfulness import Ablation, all_nodes
-from subcircuit.analysis.masks import _gated, _open_probability, _sampled, learn_masks, mask_circuit
+from subcircuit.analysis.gates import open_probability, sampled
+from subcircuit.analysis.masks import gated, learn_masks, mask_circuit
 from subcircuit.analysis.tasks import Task
 from subcircuit.engine.errors import PatchError
 from subcircuit.engine.model import HookedTransformer
@@ -20,7 +21,7 @@ from subcircuit.engine.patching.sources import Sources
 def logits_with_gates(model: HookedTransformer, task: Task, gates: Tensor, source: str) -> Tensor:
     nodes = all_nodes(model.config)
     sources = Sources(model, task, [tuple(Patch(Site(node)) for node in nodes)], source, task.n)
-    hooks = _gated(model, nodes, gates, sources, torch.arange(task.n))
+    hooks = gated(model, nodes, gates, sources, torch.arange(task.n))
     return model.run_with_hooks(task.clean, hooks)[:, -1]
 
 
@@ -39,10 +40,10 @@ def test_closed_gates_are_ablations_and_open_ones_nothing(name, source):
 
 def test_gates_are_zero_or_one_as_often_as_the_formula_says():
     log_alpha = torch.tensor([-3.0, -0.5, 1.0, 4.0]).repeat_interleave(20_000)
-    gates = _sampled(log_alpha, torch.Generator().manual_seed(0)).view(4, -1)
+    gates = sampled(log_alpha, torch.Generator().manual_seed(0)).view(4, -1)
     assert gates.min() == 0
     assert gates.max() == 1
-    expected = _open_probability(log_alpha).view(4, -1)[:, 0]
+    expected = open_probability(log_alpha).view(4, -1)[:, 0]
     torch.testing.assert_close((gates > 0).float().mean(1), expected, atol=0.01, rtol=0)
 
 

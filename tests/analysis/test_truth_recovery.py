@@ -103,6 +103,53 @@ def test_the_papers_pruning_loses_the_negative_head_and_nothing_else(family):
     assert [known.role(node) for node in report.missed] == ["negative name mover"]
 
 
+@pytest.mark.parametrize("method", ["exact edges", "pruning, then direct edges", "ACDC on both sides"])
+@pytest.mark.parametrize("name", truth_names())
+@pytest.mark.parametrize("family", FAMILIES)
+def test_exact_methods_recover_the_edges_fully(name, family, method):
+    print(f"seed {SEED}")
+    known = truth(name, family, seed=SEED)
+    report = truth_report(METHODS[method](known.model, known.task), known)
+    for recovery in report.values():
+        assert recovery.missed == recovery.extra == ()
+    assert report["edges"].auroc in (None, 1)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_acdc_on_one_side_loses_the_edges_of_the_negative_head_and_nothing_else(family):
+    print(f"seed {SEED}")
+    known = truth("inhibition", family, seed=SEED)
+    report = truth_report(METHODS["ACDC"](known.model, known.task), known)
+    assert report["edges"].extra == ()
+    assert {known.role(edge) for edge in report["edges"].missed} == {
+        "S-inhibition -> negative name mover.q",
+        "input -> negative name mover.k",
+        "input -> negative name mover.v",
+        "negative name mover -> logits",
+    }
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_path_through_an_mlp_counts_as_an_edge_unless_mlps_are_frozen(family):
+    print(f"seed {SEED}")
+    known = truth("successor", family, seed=SEED)
+    report = truth_report(METHODS["pruning, then paths"](known.model, known.task), known)["edges"]
+    assert report.missed == ()
+    assert report.extra == ((known.roles["next member"], "logits"),)
+
+
+@pytest.mark.parametrize("method", ["attribution patching", "integrated gradients", "AtP*", "EAP", "EAP-IG"])
+def test_gradients_find_what_enters_the_logits(method):
+    """No attention lies behind it whose sharpness could hide its gradient."""
+    print(f"seed {SEED}")
+    known = truth("induction", "gpt2", seed=SEED)
+    found = METHODS[method](known.model, known.task)
+    scores = found.node_scores or found.edge_scores
+    last = known.roles["induction"] if found.node_scores else (known.roles["induction"], "logits")
+    assert abs(scores[last]) == max(map(abs, scores.values()))
+    assert last in (found.nodes or found.edges)
+
+
 def test_the_table_has_a_row_per_model_form_and_method():
     calls = []
     rows = truth_table(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 
+from subcircuit.analysis.truth import known, methods
+
 QUICK = ("truth", "induction", "--family", "llama", "--method", "exact sweep, mean", "--n-seeds", "1", "--n", "4")
 
 
@@ -14,6 +16,21 @@ def test_the_table_has_a_line_per_method_and_known_model(run):
     assert "exact sweep, mean" in out
     assert "1.000" in out
     assert "methods on known models" in err
+
+
+def test_bench_prints_the_same_table(run, monkeypatch):
+    monkeypatch.setattr(known, "BLUEPRINTS", {"induction": known.INDUCTION})
+    monkeypatch.setattr(methods, "BLUEPRINTS", known.BLUEPRINTS)
+    monkeypatch.setattr(methods, "METHODS", {"exact edges": methods.METHODS["exact edges"]})
+    same = run("truth", "--quiet", "--json", "--n", "4", "--seed", "5")
+    bench = run("bench", "--truth", "--quiet", "--json", "--prompts", "4", "--seed", "5")
+    assert bench[0] == same[0] == 0
+    rows, expected = (json.loads(out) for _, out, _ in (bench, same))
+    assert [{**row, "seconds": 0} for row in rows] == [{**row, "seconds": 0} for row in expected]
+    assert [(row["family"], row["what"], row["recall"]) for row in rows] == [
+        ("gpt2", "edges", 1),
+        ("llama", "edges", 1),
+    ]
 
 
 def test_json_has_the_same_rows(run):

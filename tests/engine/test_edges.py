@@ -74,6 +74,40 @@ def test_many_edges_at_once_equal_full_forwards(case, source, base, rng):
     assert relative_error(result.effects, reference.effects) < TOLERANCE[source]
 
 
+@pytest.mark.parametrize("metric", ["log_probability", "kl"])
+@pytest.mark.parametrize("source", ["corrupted", "mean"])
+def test_edges_and_paths_on_other_metrics_equal_full_forwards(case, source, metric, rng):
+    model, prompts = case
+    single = edges_of_every_kind(model.config, rng, 1)
+    options = {"source": source, "metric": metric, "precision": "fp64"}
+    sets = [*single, *random_sets(model.config, rng, 6), EdgeSet()]
+    base = EdgeSet((("a0.h0", "a1.k1"), (INPUT, LOGITS)), NODES)
+    for run, what, more in (
+        (edge_effects, sets, {"base": base}),
+        (path_effects, single, {"base": NODES, "freeze": "heads"}),
+    ):
+        reference = run(model, prompts, what, executor="reference", **options, **more)
+        result = run(model, prompts, what, **options, **more)
+        assert relative_error(result.effects, reference.effects) < 1e-9
+        torch.testing.assert_close(result.clean_metric, reference.clean_metric, rtol=1e-10, atol=1e-12)
+
+
+def test_an_effect_on_the_kl_is_what_the_logits_say(case):
+    """One edge into the logits, by hand: the head's corrupted output in place of its own."""
+    model, prompts = case
+    model = model.double()
+    name = "blocks.1.attn.hook_z"
+    clean, corrupted = (
+        model.run_with_cache(tokens, [name])[1][name][:, -1, 2] @ model.W_O[1, 2]
+        for tokens in (prompts.clean, prompts.corrupted)
+    )
+    resid = model(prompts.clean, stop_at_layer=model.config.n_layers)[:, -1]
+    log_p, log_q = (model.unembed_normed(stream).log_softmax(-1) for stream in (resid, resid + corrupted - clean))
+    result = edge_effects(model, prompts, [("a1.h2", LOGITS)], metric="kl", precision="fp64")
+    torch.testing.assert_close(result.effects[0], (log_p.exp() * (log_p - log_q)).sum(-1), rtol=1e-8, atol=1e-12)
+    assert result.effects.min() > 0
+
+
 def test_removing_all_edges_of_a_head_is_patching_it(case):
     model, prompts = case
     heads = [f"a{layer}.h{head}" for layer in range(3) for head in range(4)]
