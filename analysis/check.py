@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -38,7 +39,8 @@ class Check:
 
     rows: int
     relative_error: float
-    """‖Δ‖ / ‖reference effects‖ over the rows together, so that a row without effect does not blow it up."""
+    """‖Δ‖ / ‖reference effects‖ over the rows together. Rows count as having at least the root mean square effect of
+    the whole sweep, so that a few rows that hardly have one do not blow it up."""
     max_absolute_error: float
     """Of a single row, in the unit of the metric."""
     worst_site: str
@@ -85,7 +87,8 @@ def check_effects(
     rows = [divmod(int(row), shape[1]) for row in chosen.sort().values]
     exact, clean = _reference(in_dtype(model, torch.float64), prompts, sets, rows, source, metric)
     found = torch.stack([effects[row] for row in rows]).double().cpu()
-    return _compared(rows, sets, found, exact, clean, SLACK * TOLERANCE[precision])
+    typical = float(effects.double().square().mean().sqrt())
+    return _compared(rows, sets, found, exact, clean, typical, SLACK * TOLERANCE[precision])
 
 
 def _reference(
@@ -114,11 +117,12 @@ def _compared(
     found: Float[Tensor, "row"],
     exact: Float[Tensor, "row"],
     clean: Float[Tensor, "row"],
+    typical: float,
     tolerance: float,
 ) -> Check:
     errors = (found - exact).abs().nan_to_num(float("inf"), float("inf"))
-    negligible = NEGLIGIBLE * (1 + clean.square().mean().sqrt()) * len(rows) ** 0.5
-    error = float(errors.norm() / torch.maximum(exact.norm(), negligible))
+    least = max(NEGLIGIBLE * (1 + float(clean.square().mean().sqrt())), typical if math.isfinite(typical) else 0.0)
+    error = float(errors.norm()) / max(float(exact.norm()), least * len(rows) ** 0.5)
     worst = int(errors.argmax())
     site, prompt = rows[worst]
     name = " + ".join(str(patch.site) for patch in sets[site])

@@ -270,10 +270,14 @@ def test_rows_that_take_away_nearly_all_of_a_residual_stream_are_full_forwards(c
 
 def test_rows_with_a_large_difference_are_computed_in_float32(case):
     model, prompts = case
-    zeroed = patch_effects(model, prompts, ["m1"], source="zero", precision="bf16")
-    assert zeroed.n_precise == len(prompts.clean)
-    reference = patch_effects(model, prompts, ["m1"], source="zero", executor="reference", precision="fp64").effects
-    assert relative_error(zeroed.effects, reference) < TOLERANCE["fp32"]
-    near = {name: 0.999 * value for name, value in model.run_with_cache(prompts.clean)[1].items()}
+    clean = model.run_with_cache(prompts.clean)[1]
+    name = "blocks.1.hook_mlp_out"
+    # As large as the stream that the layer leaves, in another direction; and small beside it.
+    far = {name: clean[name] + clean["blocks.1.hook_resid_post"].roll(1, -1)}
+    near = {name: clean[name] + 0.01 * clean["blocks.1.hook_resid_post"].roll(1, -1)}
+    result = patch_effects(model, prompts, ["m1"], source=far, precision="bf16")
+    assert (result.n_precise, result.n_full) == (len(prompts.clean), 0)
+    reference = patch_effects(model, prompts, ["m1"], source=far, executor="reference", precision="fp64").effects
+    assert relative_error(result.effects, reference) < TOLERANCE["fp32"]
     assert patch_effects(model, prompts, ["m1"], source=near, precision="bf16").n_precise == 0
-    assert patch_effects(model, prompts, ["m1"], source="zero", precision="fp32").n_precise == 0
+    assert patch_effects(model, prompts, ["m1"], source=far, precision="fp32").n_precise == 0

@@ -72,7 +72,13 @@ def test_prompts_of_unequal_length_are_steered_as_each_is_without_cache_and_padd
     for text, ids in zip(texts, together, strict=True):
         at = None if positions is None else {position % len(text) for position in positions}
         assert ids == greedy_without_cache(model, text, 7, adding(steering, at))
-    assert together != model.generate(texts, 7, stop_at_eos=False).tokens
+    assert changes(model, steering)
+
+
+def changes(model, *steering):
+    """Whether it makes a difference; the likeliest tokens may be the same all the same."""
+    hooks = [hook for each in steering for hook in each.hooks(model.config)]
+    return not torch.equal(model.run_with_hooks("abcdefg", hooks), model("abcdefg"))
 
 
 def test_several_vectors_add_up(model):
@@ -81,7 +87,7 @@ def test_several_vectors_add_up(model):
     sum_of_both = Steering.of("r1", 2 * first - second)
     together = model.generate(["abc", "defgh"], 8, steering=both)
     assert together.tokens == model.generate(["abc", "defgh"], 8, steering=[sum_of_both]).tokens
-    assert together.tokens != model.generate(["abc", "defgh"], 8).tokens
+    assert changes(model, *both)
 
 
 @pytest.mark.parametrize("place", ["r1", "m2", "a1.h2", "a2.k1"])
