@@ -98,8 +98,10 @@ def test_what_effects_can_be(case):
     assert (kl.effects >= 0).all()
     assert not kl.clean_metric.any()
     assert set(accuracy.effects.unique().tolist()) <= {-1, 0, 1}
-    assert (accuracy.effects < 0).any()
     assert (accuracy.clean_metric[:3] == 1).all()
+    # The residual stream turned round: the likeliest token becomes an unlikely one.
+    turned = {"blocks.2.hook_resid_pre": -20 * model.run_with_cache(prompts.clean)[1]["blocks.2.hook_resid_pre"]}
+    assert (patch_effects(model, prompts, ["r2"], source=turned, metric="accuracy").effects < 0).any()
     assert not kl.effects[-1].any()  # nothing patched
     assert not accuracy.effects[-1].any()
 
