@@ -39,8 +39,9 @@ class Check:
 
     rows: int
     relative_error: float
-    """‖Δ‖ / ‖reference effects‖ over the rows together. Rows count as having at least the root mean square effect of
-    the whole sweep, so that a few rows that hardly have one do not blow it up."""
+    """‖Δ‖ / ‖reference effects‖ over the rows together, so that a row without effect does not blow it up. In bfloat16,
+    where a row's error follows its δ and not its effect, rows count as having at least the root mean square effect of
+    the whole sweep."""
     max_absolute_error: float
     """Of a single row, in the unit of the metric."""
     worst_site: str
@@ -87,8 +88,11 @@ def check_effects(
     rows = [divmod(int(row), shape[1]) for row in chosen.sort().values]
     exact, clean = _reference(in_dtype(model, torch.float64), prompts, sets, rows, source, metric)
     found = torch.stack([effects[row] for row in rows]).double().cpu()
+    least = NEGLIGIBLE * (1 + float(clean.square().mean().sqrt()))
     typical = float(effects.double().square().mean().sqrt())
-    return _compared(rows, sets, found, exact, clean, typical, SLACK * TOLERANCE[precision])
+    if precision == "bf16" and math.isfinite(typical):
+        least = max(least, typical)
+    return _compared(rows, sets, found, exact, least, SLACK * TOLERANCE[precision])
 
 
 def _reference(
@@ -116,12 +120,11 @@ def _compared(
     sets: Sequence[PatchSet],
     found: Float[Tensor, "row"],
     exact: Float[Tensor, "row"],
-    clean: Float[Tensor, "row"],
-    typical: float,
+    least: float,
     tolerance: float,
 ) -> Check:
+    """Effects beside exact ones, each of which counts as at least `least`."""
     errors = (found - exact).abs().nan_to_num(float("inf"), float("inf"))
-    least = max(NEGLIGIBLE * (1 + float(clean.square().mean().sqrt())), typical if math.isfinite(typical) else 0.0)
     error = float(errors.norm()) / max(float(exact.norm()), least * len(rows) ** 0.5)
     worst = int(errors.argmax())
     site, prompt = rows[worst]
