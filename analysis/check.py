@@ -30,6 +30,10 @@ NEGLIGIBLE = 1e-6
 """Effects are not asked to be more exact than an effect of this share of the logit difference would be: where nothing
 changes, the float64 forward passes themselves leave rounding errors."""
 
+LEAST_SHARE: dict[Precision, float] = {"fp64": 0.01, "fp32": 0.01, "bf16": 1.0}
+"""A row's error follows its δ and not its effect, which may be small for a large δ. In bfloat16 that can exceed the
+tolerance for any row but a typical one; otherwise only for one of hardly any effect."""
+
 PROMPTS_AT_ONCE = 16
 
 
@@ -39,9 +43,8 @@ class Check:
 
     rows: int
     relative_error: float
-    """‖Δ‖ / ‖reference effects‖ over the rows together, so that a row without effect does not blow it up. In bfloat16,
-    where a row's error follows its δ and not its effect, rows count as having at least the root mean square effect of
-    the whole sweep."""
+    """‖Δ‖ / ‖reference effects‖ over the rows together, so that a row without effect does not blow it up; rows count as
+    having at least `LEAST_SHARE` of the root mean square effect of the whole sweep."""
     max_absolute_error: float
     """Of a single row, in the unit of the metric."""
     worst_site: str
@@ -90,8 +93,8 @@ def check_effects(
     found = torch.stack([effects[row] for row in rows]).double().cpu()
     least = NEGLIGIBLE * (1 + float(clean.square().mean().sqrt()))
     typical = float(effects.double().square().mean().sqrt())
-    if precision == "bf16" and math.isfinite(typical):
-        least = max(least, typical)
+    if math.isfinite(typical):
+        least = max(least, LEAST_SHARE[precision] * typical)
     return _compared(rows, sets, found, exact, least, SLACK * TOLERANCE[precision])
 
 
