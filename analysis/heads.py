@@ -193,11 +193,11 @@ def head_roles(
     """Find out what every head of a model does in a task: from its attention, its weights and its direct effect.
 
     seed: of the random tokens, classes and dealt answers that baselines and thresholds are taken from.
-    repeated: `repeated_token_measures(model)`, which do not depend on the task, if they are at hand.
+    repeated: `repeated_measures(model, seed)`, which do not depend on the task, if they are at hand.
 
     OV scores are of the first `OV_PROMPTS` prompts.
     """
-    measures = dict(repeated if repeated is not None else _repeated(model, seed))
+    measures = dict(repeated if repeated is not None else repeated_measures(model, seed))
     on_task, pattern = task_attention_measures(model, task, seed=seed)
     terms = attribution(model, task, seed=seed)
     ov = _ov(model, task, progress)
@@ -209,10 +209,11 @@ def head_roles(
     return HeadRoles(task.name, model.config, measures, lookups_of(task, pattern), terms, ov, qk)
 
 
-def _repeated(model: HookedTransformer, seed: int) -> dict[str, Measure]:
+def repeated_measures(model: HookedTransformer, seed: int = 0) -> dict[str, Measure]:
+    """`repeated_token_measures(model)`, or none where the context is too short for them."""
     try:
         return repeated_token_measures(model, seed=seed)
-    except PromptError:  # a context too short for it
+    except PromptError:
         return {}
 
 

@@ -24,6 +24,7 @@ from subcircuit.analysis.figures import curve_figure
 from subcircuit.analysis.head_profile import head_profiles
 from subcircuit.analysis.heads import head_roles
 from subcircuit.analysis.lens import lens
+from subcircuit.analysis.measures import Measure
 from subcircuit.analysis.sweep import Scores
 from subcircuit.analysis.tasks import Task
 from subcircuit.analysis.transfer import transfer
@@ -85,6 +86,8 @@ class Subject:
     executor: Executor
     n_random: int
     n_edge_prompts: int
+    repeated: Callable[[], Mapping[str, Measure]]
+    """`heads.repeated_measures` of the model, the same for all tasks."""
 
 
 def faithfulness_stage(subject: Subject, progress: Progress) -> Section:
@@ -170,7 +173,7 @@ def edges_stage(subject: Subject, progress: Progress) -> Section:
 def roles_stage(subject: Subject, progress: Progress) -> Section:
     """What the circuit's heads do: roles with their evidence, attention, OV scores, direct effect."""
     heads = list(subject.circuit.heads)
-    found = head_roles(subject.model, subject.task, seed=subject.seed, progress=progress)
+    found = head_roles(subject.model, subject.task, seed=subject.seed, repeated=subject.repeated(), progress=progress)
     named = [(head, role) for head in heads for role in found.of(head)]
     with_role = {head for head, _ in named}
     sentences = [f"{len(with_role)} of the circuit's {len(heads)} heads have a role that the measures show."]

@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, get_args
 
 from subcircuit.analysis.circuit import Circuit, intersection, union
 from subcircuit.analysis.compare import cross_task_scores, jaccard_matrix
 from subcircuit.analysis.discover import discover
 from subcircuit.analysis.faithfulness import Ablation, node_drops, random_circuits
+from subcircuit.analysis.heads import repeated_measures
+from subcircuit.analysis.measures import Measure
 from subcircuit.analysis.metrics import final_logits, is_top, logit_difference
 from subcircuit.analysis.pruning import Direction
 from subcircuit.analysis.records import (
@@ -329,11 +332,17 @@ class _ModelStudy:
             settings.executor,
             self._n_random,
             settings.n_edge_prompts,
+            lambda: self._repeated,
         )
         for stage, ask in TASK_STAGES.items():
             if stage in settings.stages and not self.directory.has(f"results/{self.slug}.{name}.{stage}.json"):
                 with self._stage(f"{name}, {stage}") as step:
                     self._write_section(f"{self.slug}.{name}.{stage}", ask(subject, step))
+
+    @cached_property
+    def _repeated(self) -> dict[str, Measure]:
+        """What heads do on repeated tokens: of the model, so measured once for all tasks."""
+        return repeated_measures(self.model, self.settings.seed)
 
     def _transfer(self) -> None:
         name = f"{self.slug}.transfer"

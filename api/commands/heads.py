@@ -58,10 +58,8 @@ def heads(
     quiet: QuietOption = False,
 ) -> None:
     """Say what heads do in a task. The roles of those of a circuit, or of a model, with their evidence."""
-    from subcircuit.analysis.attention import repeated_token_measures
-    from subcircuit.analysis.heads import head_roles, shared_roles
+    from subcircuit.analysis.heads import head_roles, repeated_measures, shared_roles
     from subcircuit.analysis.store import write_whole
-    from subcircuit.engine.errors import PromptError
     from subcircuit.engine.threads import suitable_threads
 
     names = [name.strip() for name in tasks.split(",") if name.strip()]
@@ -74,10 +72,7 @@ def heads(
     if not built:
         raise typer.BadParameter("no task; expected --tasks with one or more")
     with progress_bars(quiet) as progress, suitable_threads(loaded):
-        try:
-            repeated = repeated_token_measures(loaded, seed=seed)
-        except PromptError:  # a context too short for it
-            repeated = {}
+        repeated = repeated_measures(loaded, seed)
         found = {
             name: head_roles(
                 loaded,

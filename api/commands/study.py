@@ -100,7 +100,9 @@ def study(
 def _stages(text: str) -> tuple[str, ...]:
     from subcircuit.analysis.stages import STAGES
 
-    return {"all": STAGES, "none": ()}.get(text) or tuple(part.strip() for part in text.split(",") if part != "none")
+    if text == "all":
+        return STAGES
+    return () if text == "none" else tuple(part.strip() for part in text.split(","))
 
 
 def report(directory: Annotated[Path, typer.Argument(help="A run directory.")]) -> None:

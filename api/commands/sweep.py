@@ -107,7 +107,10 @@ def sweep(
     if dry_run:
         with suitable_threads(loaded):
             plan = sc.plan(loaded, prompts, components, executor=executor.value, metric=metric.value, **options)
-        print(json.dumps(plan.as_dict())) if as_json else _print_plan(plan)
+        if as_json:
+            print(json.dumps(plan.as_dict()))
+        else:
+            _print_plan(plan)
         return
     screening = None
     with progress_bars(quiet) as progress, suitable_threads(loaded):

@@ -81,12 +81,11 @@ class EdgeSession(DeltaSession):
         config = self.model.config
         self._index = EdgeIndex(config)
         self.prepare([_every_sender(self._index)])
-        self._stream_bytes = config.d_model * torch.finfo(self.model.dtype).bits // 8
-        self._stream_budget = self.budget_bytes // 4 // self._stream_bytes
+        stream_bytes = config.d_model * torch.finfo(self.model.dtype).bits // 8
+        self._stream_budget = self.budget_bytes // 4 // stream_bytes
         streams = len(self._index.senders) + 3 * (config.n_heads + 2 * config.kv_heads)
         at_most = max(1, min(self._layout.prompts_kept, self._stream_budget // (streams * self.n_pos)))
-        firsts = self._firsts if self._starts_differ else torch.zeros_like(self._firsts)
-        self._edge_chunks = prompt_chunks(firsts, self.n_pos, at_most)
+        self._edge_chunks = prompt_chunks(self._run_firsts, self.n_pos, at_most)
 
     @torch.no_grad()
     def edge_effects(

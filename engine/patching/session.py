@@ -138,7 +138,8 @@ class DeltaSession:
         fused = self._backend != "torch"
         self.sizes = Sizes(model.config, self.n_pos, element_size, product_size, fused, metric, self.model.dictionaries)
         self._firsts = _first_differences(prompts)
-        self._starts_differ = source == "corrupted"  # other sources change every position of every prompt
+        # Sources other than `corrupted` change every position of every prompt.
+        self._run_firsts = self._firsts if source == "corrupted" else torch.zeros_like(self._firsts)
         self._layout = self.layout({})
         n_at_once = max(map(len, self._layout.prompt_chunks))
         self._sources = Sources(self.model, prompts, [], source, n_at_once)
@@ -159,9 +160,8 @@ class DeltaSession:
     def layout(self, names: Mapping[SourceKey, Iterable[str]]) -> Layout:
         """How the budget cuts the work, given the hook points patched from each source. Copies of weights take from it,
         but not more than half."""
-        firsts = self._firsts if self._starts_differ else torch.zeros_like(self._firsts)
         left = max(self.budget_bytes - self.copied_bytes, self.budget_bytes // 2)
-        return Layout.fitting(left, self.sizes, names, firsts, self.model.device.type == "cpu")
+        return Layout.fitting(left, self.sizes, names, self._run_firsts, self.model.device.type == "cpu")
 
     def _lay_out(self, layout: Layout) -> None:
         """Cut the work so from now on; clean runs of other chunks are dropped."""
