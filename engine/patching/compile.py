@@ -79,8 +79,8 @@ def hook_patches(
     compiled: dict[str, list[HookPatch]] = {}
     for name, by_source in masks.items():
         for key, array in by_source.items():
-            device = clean[name].device
-            delta = (sources.value(key, name, prompts) - clean[name])[:, first:]
+            device, n_pos = clean[name].device, clean[name].shape[1]
+            delta = (sources.value(key, name, prompts)[:, :n_pos] - clean[name])[:, first:]
             delta = delta.reshape(*delta.shape[:2], array.shape[2], -1)
             # What the host decides by is read from the host's own copy: a GPU is not waited for.
             one_each = one_head_each(array)

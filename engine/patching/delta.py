@@ -10,18 +10,19 @@ For a block with clean residual x and row residual x + δ:
     δout = δmid + W_out (act(u + δu) − act(u))
 
 A patch replaces δ at its hook point by source − clean; one of a feature adds a multiple of its decoder row. Positions
-before the first one that can differ are never computed, and in the last layer only the position that the metric reads
-is.
+before the first one that can differ are never computed, nor those after the last one before attention has carried δ
+there, and in the last layer only the position that the metric reads is.
 
 Shapes: δ is `[set, prompt, pos, d]`, the clean side `[prompt, pos, d]` and broadcast over sets. A δ with one set
-stands for all of them until a patch tells them apart; None stands for no difference at all.
+stands for all of them until a patch tells them apart; None stands for no difference at all. On leaving the layer that
+was patched, δ may end before the prompt does: it is 0 from there on.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import cast
 
 import torch
@@ -37,7 +38,7 @@ from subcircuit.engine.patching.answers import token_sets
 from subcircuit.engine.patching.compile import HookPatch, compile_masks, hook_patches, patched
 from subcircuit.engine.patching.features import FeaturePatch, feature_patches
 from subcircuit.engine.patching.metric import Metric, MetricReadout
-from subcircuit.engine.patching.plan import Start
+from subcircuit.engine.patching.plan import Start, last_changed
 from subcircuit.engine.patching.sites import PatchSet
 from subcircuit.engine.patching.sources import AlignedPrompts, PromptChunk, Sources, activations
 from subcircuit.engine.rope import rope_frequencies, rope_tables
@@ -115,6 +116,11 @@ class CleanLayer:
     pre_linear: Float[Tensor, "prompt pos d_mlp"] | None
     post: Float[Tensor, "prompt pos d_mlp"]
 
+    def until(self, n_pos: int) -> CleanLayer:
+        """The first `n_pos` positions."""
+        parts = {part.name: getattr(self, part.name) for part in fields(self)}
+        return replace(self, **{name: part[:, :n_pos] for name, part in parts.items() if part is not None})
+
 
 @dataclass(frozen=True)
 class Departures:
@@ -130,11 +136,10 @@ class Departures:
         return cls(*like.new_zeros(2, n_sets))
 
     def include(self, delta: Split, clean: Float[Tensor, "prompt pos d_model"]) -> None:
-        """Take in a δ to the clean residual stream; of several, the largest counts."""
+        """Take in a δ to the clean residual stream at its positions; of several, the largest counts."""
         joined = _joined(delta)
         if joined is None:
             return
-        clean = clean[:, -joined.shape[2] :]
         before, moved, after = (torch.linalg.vector_norm(x, dim=-1) for x in (clean, joined, clean + joined))
         torch.maximum(self.size, (moved / before).amax((1, 2)), out=self.size)
         torch.maximum(self.shrinkage, (before / after).amax((1, 2)), out=self.shrinkage)
@@ -256,13 +261,28 @@ class DeltaRun:
         patches = self._patches([(*self._base, *patch_set) for patch_set in patch_sets], first, start.layer)
         delta = self._padded(self._base_delta(start.layer), first)
         if departures is not None:
-            departures.include(self._patched_resid(start.layer, delta, patches), self._clean_entering(start.layer))
+            entering = self._patched_resid(start.layer, delta, patches, first)
+            departures.include(entering, self._clean_entering(start.layer, first, entering))
         if start.layer == self.config.n_layers:
             return Rows(patch_sets, patches, delta, start.layer, first)
-        delta = self._block(start.layer, delta, patches, first)
+        last = self.n_pos - 1 if self._base else last_changed(patch_sets, start, self.config.n_layers, self.n_pos)
+        if last < self.n_pos - 1:
+            short = self._until(last + 1, start.layer)
+            delta = short._block(start.layer, NOTHING, short._patches(patch_sets, first, start.layer), first)
+        else:
+            delta = self._block(start.layer, delta, patches, first)
         if departures is not None:
-            departures.include(delta, self._clean_entering(start.layer + 1))
+            departures.include(delta, self._clean_entering(start.layer + 1, first, delta))
         return Rows(patch_sets, patches, delta, start.layer + 1, first)
+
+    def _until(self, n_pos: int, layer: int) -> DeltaRun:
+        """The same run of shorter prompts, in one layer: later positions change nothing at earlier ones."""
+        other = copy.copy(self)
+        other.n_pos = n_pos
+        other.clean = [*self.clean]
+        other.clean[layer] = self.clean[layer].until(n_pos)
+        other.patched_clean = {name: value[:, :n_pos] for name, value in self.patched_clean.items()}
+        return other
 
     def _padded(self, delta: Split, first: int) -> Split:
         """The base's δ from position `first` on: 0 before the base's own first position."""
@@ -297,9 +317,13 @@ class DeltaRun:
         other._base, other._base_deltas = (), []
         return other
 
-    def _clean_entering(self, layer: int) -> Float[Tensor, "prompt pos d_model"]:
-        """The clean residual stream entering a layer; above the last one, where it is read."""
-        return self.clean[layer].resid_pre if layer < self.config.n_layers else self.final[:, None]
+    def _clean_entering(self, layer: int, first: int, delta: Split) -> Float[Tensor, "prompt pos d_model"]:
+        """The clean residual stream entering a layer, at δ's positions from `first` on; above the last one, where it is
+        read."""
+        if layer == self.config.n_layers:
+            return self.final[:, None]
+        n_pos = next((part.shape[2] for part in delta if part is not None), 0)
+        return self.clean[layer].resid_pre[:, first : first + n_pos]
 
     def _patches(self, patch_sets: Sequence[PatchSet], first: int, from_layer: int) -> Patches:
         masks = compile_masks(patch_sets, self.config, self.n_pos, first, self.sources, from_layer)
@@ -310,23 +334,23 @@ class DeltaRun:
 
     def _block(self, layer: int, delta: Split, patches: Patches, first: int) -> Split:
         """δ leaving a layer, from δ entering it."""
-        delta = self._patched_resid(layer, delta, patches)
+        delta = self._patched_resid(layer, delta, patches, first)
         n_read = 1 if layer == self.config.n_layers - 1 else self.n_pos - first
         resid, delta_attn = self._attention(layer, delta, patches, first, n_read)
         resid = None if resid is None else resid[:, :, -n_read:]
         return self._mlp(layer, (resid, delta_attn), patches, n_read)
 
-    def _patched_resid(self, layer: int, delta: Split, patches: Patches) -> Split:
+    def _patched_resid(self, layer: int, delta: Split, patches: Patches, first: int) -> Split:
         name = f"blocks.{layer}.hook_resid_pre"
         touched = name in patches.values or name in patches.features
-        return (patches.applied(name, _joined(delta)), None) if touched else delta
+        return (patches.applied(name, _at_least(_joined(delta), self.n_pos - first)), None) if touched else delta
 
     def _attention(self, layer: int, delta: Split, patches: Patches, first: int, n_read: int) -> Split:
         """δ entering a layer, and what the layer's heads add to it at the last `n_read` positions."""
         weights, name = self.weights(layer), f"blocks.{layer}.attn.hook_z"
         at_z, features = patches.at(name), patches.feature_at(name)
         if len(at_z) == 1 and at_z[0].complete:
-            resid, delta_z = _joined(delta), None
+            resid, delta_z = _at_least(_joined(delta), self.n_pos - first), None
         else:
             resid, delta_z = self._delta_z(layer, delta, patches, at_z, first, n_read)
         if delta_z is None and features is None and len(at_z) == 1 and at_z[0].single_heads is not None:
@@ -354,13 +378,16 @@ class DeltaRun:
             return None, (None, None, None)
         clean, weights, norm = self.clean[layer], self.weights(layer).qkv, cast(Block, self.model.blocks[layer]).ln1
         n_q, n_kv = self.config.n_heads * self.config.d_head, self.config.kv_heads * self.config.d_head
-        resid, normed = self._norm_delta(clean.resid_pre[:, first:], clean.normed1[:, first:], delta, norm)
-        if n_read == normed.shape[2]:
+        n_moved, n_new = next(part.shape[2] for part in delta if part is not None), self.n_pos - first
+        moved = slice(first, first + n_moved)
+        resid, normed = self._norm_delta(clean.resid_pre[:, moved], clean.normed1[:, moved], delta, norm)
+        if n_read == n_new:
             delta_q, delta_k, delta_v = self._product(normed, weights).split((n_q, n_kv, n_kv), dim=-1)
+            delta_q = _at_least(delta_q, n_new)
         else:
-            delta_q = self._product(normed[:, :, -n_read:], weights[:n_q])
+            delta_q = self._product(normed[:, :, -n_read:], weights[:n_q]) if n_moved == n_new else None
             delta_k, delta_v = self._product(normed, weights[n_q:]).split((n_kv, n_kv), dim=-1)
-        return resid, (delta_q, delta_k, delta_v)
+        return _at_least(resid, n_new), (delta_q, _at_least(delta_k, n_new), _at_least(delta_v, n_new))
 
     def _attend(
         self,
@@ -455,6 +482,12 @@ def _is_nothing(delta: Split) -> bool:
 
 def _last(delta: Delta | None) -> Float[Tensor, "#set prompt d"] | None:
     return None if delta is None else delta[:, :, -1]
+
+
+def _at_least(delta: Delta | None, n_pos: int) -> Delta | None:
+    """δ at `n_pos` positions, 0 at those that it lacks at the end."""
+    missing = 0 if delta is None else n_pos - delta.shape[2]
+    return delta if delta is None or not missing else F.pad(delta, (0, 0, 0, missing))
 
 
 def _joined(delta: Split) -> Delta | None:

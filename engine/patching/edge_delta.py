@@ -183,7 +183,7 @@ class EdgeRun(DeltaRun):
     ) -> tuple[Delta | None, Float[Tensor, "#set prompt pos head d_head"] | None, Delta | None]:
         """δ entering a layer, after patches there; δz; δ between the layer's halves."""
         n_read = self.n_written(layer, "z", first)
-        resid_pre, _ = self._patched_resid(layer, (resid_pre, None), patches)
+        resid_pre, _ = self._patched_resid(layer, (resid_pre, None), patches, first)
         if layer == 0:
             changes.passed(0, "resid", resid_pre)
         delta_qkv = self._own_qkv(layer, resid_pre, first, n_read, changes)

@@ -99,7 +99,7 @@ def feature_patches(
         parts = [
             (
                 torch.from_numpy(mask).to(device, non_blocking=True),
-                sources.value(key, name, prompts).expand(-1, n_pos, -1)[:, first:],
+                sources.value(key, name, prompts)[:, :n_pos].expand(-1, n_pos, -1)[:, first:],
             )
             for key, mask in masks.items()
         ]

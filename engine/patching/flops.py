@@ -29,14 +29,22 @@ class Flops:
 
 
 def chunk_flops(
-    config: ModelConfig, masks: Masks, n_sets: int, n_pos: int, from_layer: int, first: int, entering: bool = False
+    config: ModelConfig,
+    masks: Masks,
+    n_sets: int,
+    n_pos: int,
+    from_layer: int,
+    first: int,
+    entering: bool = False,
+    n_moved: int | None = None,
 ) -> dict[int, Flops]:
     """FLOPs by layer of one prompt's rows that are computed from a layer and a position on; `entering` says whether a
-    δ enters that layer already."""
+    δ enters that layer already, `n_moved` at how many positions, if not at all."""
     layers: dict[int, Flops] = {}
     for layer in range(from_layer, config.n_layers):
-        block = _Block(config, layer, masks, n_sets, n_pos, first)
+        block = _Block(config, layer, masks, n_sets, n_pos, first, n_moved)
         layers[layer], entering = block.flops(entering)
+        n_moved = None
     return layers
 
 
@@ -62,6 +70,7 @@ class _Block:
     n_sets: int
     n_pos: int
     first: int
+    n_moved: int | None
 
     def flops(self, entering: bool) -> tuple[Flops, bool]:
         """FLOPs, and whether anything leaves the layer, given whether anything enters it."""
@@ -90,8 +99,10 @@ class _Block:
         flops, delta_z = Flops(), False
         if not (len(at_z) == 1 and replaces_all(at_z[0])):
             if entering:
-                flops += self._product(n_read, config.d_model, n_q)
-                flops += self._product(self._n_new, config.d_model, 2 * n_kv)
+                moved = self._n_new if self.n_moved is None or self._at("hook_resid_pre") else self.n_moved
+                n_queries = moved if n_read == self._n_new else n_read if moved == self._n_new else 0
+                flops += self._product(n_queries, config.d_model, n_q)
+                flops += self._product(moved, config.d_model, 2 * n_kv)
             delta_z = entering or any(self._at(f"attn.hook_{x}") for x in "qkv")
         if delta_z:
             flops += Flops(attention=4 * self.n_sets * n_read * self.n_pos * n_q)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from jaxtyping import Int
 from torch import Tensor
 
-from subcircuit.engine.patching.sites import PatchSet
+from subcircuit.engine.patching.sites import STAGES, PatchSet
 
 # Rows enough for full-speed GEMMs, few enough for a core's cache to help the elementwise steps between them.
 TOKENS_PER_CHUNK = 4096
@@ -41,6 +41,15 @@ def start_of(patch_set: PatchSet, first_position: Callable[[PatchSet], int]) -> 
     """The start of a non-empty patch set."""
     layer, stage = min((patch.site.component.layer, patch.site.component.stage) for patch in patch_set)
     return Start(layer, stage, first_position(patch_set))
+
+
+def last_changed(patch_sets: Sequence[PatchSet], start: Start, n_layers: int, n_pos: int) -> int:
+    """The last position at which what starts at `start` can leave that layer: attention, which carries a difference to
+    all later positions, is below what is patched there, or it is not. In the last layer that does not matter."""
+    if start.stage < STAGES["z"] or start.layer >= n_layers - 1:
+        return n_pos - 1
+    here = [patch.site for patches in patch_sets for patch in patches if patch.site.component.layer == start.layer]
+    return max((-1 if at is None else at[-1]) % n_pos for at in (site.resolve(n_pos) for site in here))
 
 
 def prompt_chunks(firsts: Int[Tensor, "prompt"], n_pos: int, at_most: int) -> list[Int[Tensor, "chunk"]]:

@@ -12,7 +12,7 @@ from subcircuit.engine.model import HookedTransformer
 from subcircuit.engine.patching.calibrate import Speed, measure_speed
 from subcircuit.engine.patching.flops import Flops, chunk_flops, clean_flops, readout_flops
 from subcircuit.engine.patching.metric import Metric
-from subcircuit.engine.patching.plan import Chunk
+from subcircuit.engine.patching.plan import Chunk, Start, last_changed
 from subcircuit.engine.patching.session import DeltaExecutor, DeltaSession, Precision
 from subcircuit.engine.patching.sites import Patch, PatchSet, Site, Source, as_patch_set
 from subcircuit.engine.patching.sources import AlignedPrompts, PromptChunk
@@ -148,18 +148,31 @@ class _Work:
     def __init__(self, session: DeltaSession, sets: Sequence[PatchSet], prompts: PromptChunk, chunk: Chunk) -> None:
         self.prompts, self.chunk = prompts, chunk
         start, n_sets, n_pos = chunk.start, len(chunk.sets), session.n_pos
-        masks = session.masks([sets[i] for i in chunk.sets], start)
-        per_prompt = chunk_flops(session.model.config, masks, n_sets, n_pos, start.layer, start.first)
-        self.flops = {layer: flops * len(prompts) for layer, flops in per_prompt.items()}
+        chosen = [sets[i] for i in chunk.sets]
+        self.flops = {layer: flops * len(prompts) for layer, flops in _row_flops(session, chosen, start).items()}
         self.n_rows = n_sets * len(prompts)
         self.n_tokens = self.n_rows * (n_pos - start.first)
         # Rows, the difference of source and clean that they share, and at least a layer of the clean run's forward.
-        rows = self.n_tokens * session.sizes.row_token() + len(prompts) * session.sizes.at_hooks(masks)
+        rows = self.n_tokens * session.sizes.row_token() + len(prompts) * session.sizes.at_hooks(
+            session.masks(chosen, start)
+        )
         self.n_bytes = max(rows, len(prompts) * session.sizes.clean_layer())
 
     def seconds(self, speed: Speed) -> float:
         blocks = sum(speed.block.seconds(layer.all) for layer in self.flops.values())
         return blocks + speed.entry.seconds(self.n_tokens)
+
+
+def _row_flops(session: DeltaSession, patch_sets: Sequence[PatchSet], start: Start) -> dict[int, Flops]:
+    """FLOPs by layer of one prompt's rows that start together."""
+    config, n_pos, first = session.model.config, session.n_pos, start.first
+    end = last_changed(patch_sets, start, config.n_layers, n_pos) + 1
+    masks, n_sets = session.masks(patch_sets, start), len(patch_sets)
+    if end == n_pos:
+        return chunk_flops(config, masks, n_sets, n_pos, start.layer, first)
+    short = chunk_flops(config, session.masks(patch_sets, start, end), n_sets, end, start.layer, first)
+    above = chunk_flops(config, masks, n_sets, n_pos, start.layer + 1, first, entering=True, n_moved=end - first)
+    return {start.layer: short[start.layer]} | above
 
 
 def _clean_flops(config: ModelConfig, session: DeltaSession, names: dict[Any, list[str]]) -> int:

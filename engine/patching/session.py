@@ -183,9 +183,10 @@ class DeltaSession:
         """Hook points that will be patched from each source, by what calls so far and these patch sets say."""
         return self._sources.wanted(patch_sets)
 
-    def masks(self, patch_sets: Sequence[PatchSet], start: Start) -> Masks:
-        """What patch sets that start together replace, hook point by hook point."""
-        return compile_masks(patch_sets, self.model.config, self.n_pos, start.first, self._sources, start.layer)
+    def masks(self, patch_sets: Sequence[PatchSet], start: Start, n_pos: int | None = None) -> Masks:
+        """What patch sets that start together replace, hook point by hook point; with `n_pos`, before that position."""
+        n_pos = self.n_pos if n_pos is None else n_pos
+        return compile_masks(patch_sets, self.model.config, n_pos, start.first, self._sources, start.layer)
 
     @property
     def product_dtype(self) -> torch.dtype:

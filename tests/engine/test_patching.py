@@ -33,6 +33,20 @@ def at(name, *positions):
     return Site(Component.parse(name), positions)
 
 
+def positions_of_norms(monkeypatch):
+    """At how many positions each norm of rows is computed, from now on."""
+    from subcircuit.engine.patching import delta
+
+    seen, original = [], delta.norm_delta
+
+    def spy(clean, clean_normed, change, *rest, **options):
+        seen.append(change.shape[2])
+        return original(clean, clean_normed, change, *rest, **options)
+
+    monkeypatch.setattr(delta, "norm_delta", spy)
+    return seen
+
+
 @pytest.fixture(params=CONFIGS)
 def case(request):
     print(f"seed {SEED}")
@@ -64,6 +78,17 @@ def test_effects_at_single_and_several_positions_equal_full_forwards(case):
     sites = [at(name, *where) for name in components_of(model.config) for where in [(-1,), (0,), (4, 6)]]
     reference = patch_effects(model, prompts, sites, source="mean", executor="reference", precision="fp64")
     result = patch_effects(model, prompts, sites, source="mean", precision="fp64")
+    assert relative_error(result.effects, reference.effects) < 1e-12
+
+
+def test_a_difference_at_one_position_meets_every_kind_of_patch_above(case):
+    model, prompts = case
+    heads = tuple(f"a1.h{head}" for head in range(model.config.n_heads))
+    above = [("r1",), (at("r1", 4),), ("a1.q1",), ("a1.k0", "a1.v1"), heads, (at("a1.h2", -1),), ("m1",), ("a2.h0",)]
+    below = [at("a0.h1", 4), at("m0", 3, 5), at("m0.n3", 6), at("a0.g1", 0), at("m0", -1)]
+    sets = [(site, *more) for site in below for more in above]
+    reference = patch_effects(model, prompts, sets, source="mean", executor="reference", precision="fp64")
+    result = patch_effects(model, prompts, sets, source="mean", precision="fp64")
     assert relative_error(result.effects, reference.effects) < 1e-12
 
 
@@ -154,17 +179,8 @@ def test_one_prompt_one_position_and_one_layer_work():
 
 
 def test_positions_before_the_first_difference_are_not_computed(case, monkeypatch):
-    from subcircuit.engine.patching import delta
-
     model, prompts = case
-    seen = []
-    original = delta.norm_delta
-
-    def spy(clean, clean_normed, change, *rest, **options):
-        seen.append(change.shape[2])
-        return original(clean, clean_normed, change, *rest, **options)
-
-    monkeypatch.setattr(delta, "norm_delta", spy)
+    seen = positions_of_norms(monkeypatch)
     patch_effects(model, prompts, ["a0.h0"])
     assert max(seen) == 9 - 3
     assert seen[-1] == 1  # the last layer's MLP: only the position that is read
@@ -244,6 +260,14 @@ def test_bad_options_and_unaligned_prompts_are_named(case):
         patch_effects(model, prompts, ["a0.h0"], source={})
     with pytest.raises(PatchError, match="longer than the model's context"):
         patch_effects(model, random_prompts(SEED, n_pos=40), ["a0.h0"])
+
+
+def test_positions_that_attention_has_not_reached_are_not_computed(case, monkeypatch):
+    model, prompts = case
+    seen = positions_of_norms(monkeypatch)
+    patch_effects(model, prompts, [at("a0.h0", 5)])
+    # The MLP of the head's own layer, queries, keys and values of the next, and its MLP, at which all may differ.
+    assert seen[:3] == [1, 1, 9 - 5]
 
 
 def test_corrupted_patches_before_the_first_difference_cost_nothing_and_change_nothing(case, monkeypatch):
