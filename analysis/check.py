@@ -14,8 +14,8 @@ from torch import Tensor
 from subcircuit.engine.errors import PatchError
 from subcircuit.engine.model import HookedTransformer
 from subcircuit.engine.patching.metric import Metric
+from subcircuit.engine.patching.options import Precision, in_dtype
 from subcircuit.engine.patching.reference import last_logits, patched_metric
-from subcircuit.engine.patching.session import Precision, in_dtype
 from subcircuit.engine.patching.sites import Patch, PatchSet, Site, Source, as_patch_set
 from subcircuit.engine.patching.sources import AlignedPrompts, Sources
 

@@ -32,7 +32,7 @@ from subcircuit.engine.errors import PatchError, StoreError
 from subcircuit.engine.model import HookedTransformer
 from subcircuit.engine.patching import DeltaSession, Effects, Site, Source, patch_effects
 from subcircuit.engine.patching.metric import Metric
-from subcircuit.engine.patching.session import Executor, Precision, default_budget
+from subcircuit.engine.patching.options import Executor, Precision, default_budget
 from subcircuit.engine.patching.sites import as_patch_set
 
 BLOCKS = "blocks"

@@ -37,7 +37,7 @@ from subcircuit.engine.patching import Component, Patch, Site, Source
 from subcircuit.engine.patching.gradients import ENTRY, MetricPass
 from subcircuit.engine.patching.graph import INPUT, LOGITS, Edge, check_edge, n_senders_to, readers, receivers, senders
 from subcircuit.engine.patching.memory import clean_bytes
-from subcircuit.engine.patching.session import check_prompts, default_budget, in_dtype
+from subcircuit.engine.patching.options import check_prompts, default_budget, in_dtype
 from subcircuit.engine.patching.sources import PromptChunk, Sources
 
 EdgeMethod = Literal["eap", "eap-ig"]

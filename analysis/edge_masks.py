@@ -28,7 +28,7 @@ from subcircuit.engine.patching.edge_delta import sender
 from subcircuit.engine.patching.edge_reference import input_name, output_name
 from subcircuit.engine.patching.graph import INPUT, Edge, EdgeIndex, edges
 from subcircuit.engine.patching.metric import Metric
-from subcircuit.engine.patching.session import Executor, Precision
+from subcircuit.engine.patching.options import Executor, Precision
 from subcircuit.engine.patching.sources import PromptChunk, Sources
 
 SIZES_AT_ONCE = 16

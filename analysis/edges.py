@@ -31,8 +31,8 @@ from subcircuit.engine.patching.edges import (
 )
 from subcircuit.engine.patching.graph import INPUT, LOGITS, Edge, check_edge, edges, edges_among, layer_of, readers
 from subcircuit.engine.patching.metric import Metric
+from subcircuit.engine.patching.options import Executor, Precision
 from subcircuit.engine.patching.path_delta import Freeze
-from subcircuit.engine.patching.session import Executor, Precision
 
 Progress = Callable[[int, int], None]
 

@@ -16,7 +16,7 @@ from subcircuit.engine.errors import PatchError, TaskError
 from subcircuit.engine.model import HookedTransformer
 from subcircuit.engine.patching import Component, DeltaSession, Effects, Patch, PatchSet, Site, Source, patch_effects
 from subcircuit.engine.patching.metric import Metric
-from subcircuit.engine.patching.session import Executor, Precision
+from subcircuit.engine.patching.options import Executor, Precision
 
 
 def all_nodes(config: ModelConfig) -> list[Component]:

@@ -17,8 +17,8 @@ from subcircuit.engine.model import HookedTransformer
 from subcircuit.engine.patching import Component, Site, Source
 from subcircuit.engine.patching.answers import token_sets
 from subcircuit.engine.patching.metric import Metric, measure
+from subcircuit.engine.patching.options import Executor, Precision
 from subcircuit.engine.patching.reference import last_logits
-from subcircuit.engine.patching.session import Executor, Precision
 from subcircuit.engine.patching.sites import Kind, Patch
 from subcircuit.engine.patching.sources import Sources, activations
 

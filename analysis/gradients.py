@@ -32,7 +32,7 @@ from subcircuit.engine.model import HookedTransformer
 from subcircuit.engine.patching import Site, Source
 from subcircuit.engine.patching.gradients import ENTRY, Gradients, MetricPass
 from subcircuit.engine.patching.memory import clean_bytes
-from subcircuit.engine.patching.session import check_prompts, default_budget, in_dtype
+from subcircuit.engine.patching.options import check_prompts, default_budget, in_dtype
 from subcircuit.engine.patching.sites import Patch
 from subcircuit.engine.patching.sources import PromptChunk, Sources
 from subcircuit.engine.rope import rope_frequencies, rope_tables, rotate

@@ -10,8 +10,8 @@ from subcircuit.engine.errors import PatchError
 from subcircuit.engine.model import HookedTransformer
 from subcircuit.engine.patching import Source
 from subcircuit.engine.patching.metric import Metric
+from subcircuit.engine.patching.options import Executor, Precision
 from subcircuit.engine.patching.planner import Plan, plan_effects
-from subcircuit.engine.patching.session import Executor, Precision
 
 
 def plan(

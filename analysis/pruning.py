@@ -14,7 +14,7 @@ from subcircuit.engine.errors import PatchError
 from subcircuit.engine.model import HookedTransformer
 from subcircuit.engine.patching import Component, Source
 from subcircuit.engine.patching.metric import Metric
-from subcircuit.engine.patching.session import Executor, Precision
+from subcircuit.engine.patching.options import Executor, Precision
 
 Direction = Literal["backward", "forward"]
 

@@ -34,7 +34,7 @@ from subcircuit.analysis.tasks import Task
 from subcircuit.engine.errors import PatchError
 from subcircuit.engine.model import HookedTransformer
 from subcircuit.engine.patching import DeltaSession, Effects, Patch, PatchSet, Site, Source, patch_effects
-from subcircuit.engine.patching.session import Executor, Precision
+from subcircuit.engine.patching.options import Executor, Precision
 
 FEWEST_AT_ONCE = 4
 """Sites verified between two looks at the rule, unless so many have been verified that more cost little."""

@@ -30,7 +30,7 @@ from subcircuit.analysis.tasks import Task
 from subcircuit.analysis.transfer import transfer
 from subcircuit.analysis.transfer_figures import transfer_figure
 from subcircuit.engine.model import HookedTransformer
-from subcircuit.engine.patching.session import Executor, Precision
+from subcircuit.engine.patching.options import Executor, Precision
 
 Progress = Callable[[int, int], None]
 Cell = str | float | int | None

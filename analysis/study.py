@@ -35,7 +35,7 @@ from subcircuit.analysis.tasks import Task, task_names
 from subcircuit.analysis.tasks import task as build_task
 from subcircuit.engine.errors import PatchError, StoreError, TaskError
 from subcircuit.engine.model import HookedTransformer
-from subcircuit.engine.patching.session import Executor, Precision
+from subcircuit.engine.patching.options import Executor, Precision
 from subcircuit.engine.threads import SMALL_MODEL, suitable_threads
 from subcircuit.weights.names import load
 

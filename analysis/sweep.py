@@ -18,7 +18,7 @@ from subcircuit.engine.errors import PatchError
 from subcircuit.engine.model import HookedTransformer
 from subcircuit.engine.patching import Component, Effects, Site, Source, patch_effects
 from subcircuit.engine.patching.metric import Metric
-from subcircuit.engine.patching.session import Executor, Precision
+from subcircuit.engine.patching.options import Executor, Precision
 from subcircuit.engine.patching.sites import Kind
 
 FAMILIES: dict[str, Kind] = {

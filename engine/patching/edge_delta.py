@@ -10,7 +10,7 @@ to no sender and cancel. Only such receivers get a norm and a projection of thei
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Literal, Protocol, cast
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from subcircuit.engine.blocks import Block
 from subcircuit.engine.patching.compile import MaskArray, patched
-from subcircuit.engine.patching.delta import Delta, DeltaRun, Patches, Rows, first_difference
+from subcircuit.engine.patching.delta import Delta, DeltaRun, LayerWeights, Patches, Rows, first_difference
 from subcircuit.engine.patching.graph import INPUT, LOGITS, Edge, EdgeIndex
 from subcircuit.engine.patching.sites import Component, PatchSet
 
@@ -63,6 +63,9 @@ class InputChanges(Protocol):
     """What receivers of some rows read beside the residual stream."""
 
     n_sets: int
+    departures: Float[Tensor, "set"] | None
+    """|δ| / |x| of what each row reads of its own and of the stream that leaves its first layer, the largest of all
+    positions and prompts; None where nobody asks."""
 
     def at(
         self, receivers: Sequence[str], n_read: int
@@ -77,6 +80,7 @@ class Unchanged:
     """A single row whose receivers all read the residual stream."""
 
     n_sets = 1
+    departures: Float[Tensor, "set"] | None = None
 
     def at(self, receivers: Sequence[str], n_read: int) -> None:
         return None
@@ -89,6 +93,12 @@ class EdgeRun(DeltaRun):
     """A `DeltaRun` whose receivers may read something of their own; it knows the clean values of all senders."""
 
     _base_layers: tuple[PatchSet, int, list[LayerDelta]] | None = None
+
+    def with_weights(self, weights: Callable[[int], LayerWeights], product_dtype: torch.dtype) -> EdgeRun:
+        """The same clean run with the products in another precision, and no base."""
+        other = cast(EdgeRun, super().with_weights(weights, product_dtype))
+        other._base_layers = None
+        return other
 
     def base_layers(self, base: PatchSet, first: int) -> list[LayerDelta]:
         """δ from position `first` on that a patch set alone causes, layer by layer; kept until another is asked for."""
@@ -116,8 +126,10 @@ class EdgeRun(DeltaRun):
         patches, resid = self._patches(patch_sets, first, start), self.entering(start, base, first)
         for layer in range(start, self.config.n_layers):
             resid = self._layer(layer, resid, patches, first, changes).resid_post
+            if layer == start and resid is not None:
+                _note(changes, range(changes.n_sets), resid, self._clean_entering(layer + 1))
         final = None if resid is None else resid[:, :, -1:]
-        final = _with_own(final, changes.at([LOGITS], 1), changes.n_sets)
+        final = _with_own(final, LOGITS, 1, self.final[:, None], changes)
         return self.leave(Rows([()] * changes.n_sets, Patches({}, {}), (final, None), self.config.n_layers, first))
 
     def sender_changes(
@@ -173,7 +185,7 @@ class EdgeRun(DeltaRun):
         """δ along a layer, from δ entering it."""
         n_read = self.n_written(layer, "mlp", first)
         resid_pre, delta_z, resid_mid = self._first_half(layer, resid_pre, patches, first, changes)
-        mlp_in = _with_own(resid_mid, changes.at([f"m{layer}"], n_read), changes.n_sets)
+        mlp_in = _with_own(resid_mid, f"m{layer}", n_read, self.clean[layer].resid_mid, changes)
         _, mlp_out = self._mlp(layer, (mlp_in, None), patches, n_read)
         changes.passed(layer, "mlp", mlp_out)
         return LayerDelta(resid_pre, delta_z, resid_mid, mlp_out)
@@ -223,6 +235,7 @@ class EdgeRun(DeltaRun):
         layer = Component.parse(f"{name}0").layer
         clean, norm = self.clean[layer], cast(Block, self.model.blocks[layer]).ln1
         own = _own_inputs(resid, *found)
+        _note(changes, [row for row, _ in found[0]], own, clean.resid_pre)
         _, normed = self._norm_delta(clean.resid_pre[:, -n_read:], clean.normed1[:, -n_read:], (own, None), norm)
         whole = _writable(delta, changes.n_sets, normed, len(weight)).unflatten(-1, (-1, self.config.d_head))
         for receiver, pairs in groupby(enumerate(found[0]), key=lambda pair: pair[1][1]):
@@ -236,10 +249,17 @@ class RemovedEdges:
     """The changes that removed edges bring to their receivers, in rows that are like a base below their start."""
 
     def __init__(
-        self, run: EdgeRun, removed: MaskArray, index: EdgeIndex, base: PatchSet, start: int, first: int
+        self,
+        run: EdgeRun,
+        removed: MaskArray,
+        index: EdgeIndex,
+        base: PatchSet,
+        start: int,
+        first: int,
+        departures: Float[Tensor, "set"] | None = None,
     ) -> None:
         """`removed` says which edges each row lacks, [set, receiver, sender]."""
-        self.n_sets = len(removed)
+        self.n_sets, self.departures = len(removed), departures
         self._run, self._first, self._index = run, first, index
         used = np.flatnonzero(removed.any((0, 1)))
         self._removed = removed[:, :, used]
@@ -299,17 +319,36 @@ def _own_inputs(
 
 
 def _with_own(
-    delta: Delta | None, found: tuple[Pairs, Float[Tensor, "pair prompt pos d_model"]] | None, n_sets: int
+    delta: Delta | None, receiver: str, n_read: int, clean: Float[Tensor, "prompt pos d_model"], changes: InputChanges
 ) -> Delta | None:
-    """δ as a single receiver reads it, where some rows read something of their own."""
+    """δ as a single receiver reads it, where some rows read something of their own, beside the clean stream there."""
+    found = changes.at([receiver], n_read)
     if found is None:
         return delta
-    pairs, changes = found
-    if len(pairs) == n_sets:
-        return _own_inputs(delta, pairs, changes)
-    whole = _writable(delta, n_sets, changes, changes.shape[-1])
-    whole[[row for row, _ in pairs]] += changes
+    pairs, more = found
+    rows = [row for row, _ in pairs]
+    own = _own_inputs(delta, pairs, more)
+    _note(changes, rows, own, clean)
+    if len(pairs) == changes.n_sets:
+        return own
+    whole = _writable(delta, changes.n_sets, own, own.shape[-1])
+    whole[rows] = own
     return whole
+
+
+def _departure(
+    delta: Float[Tensor, "row prompt pos d_model"], clean: Float[Tensor, "prompt pos d_model"]
+) -> Float[Tensor, "row"]:
+    """|δ| / |x|, the largest over prompts and positions."""
+    moved, before = (torch.linalg.vector_norm(x, dim=-1) for x in (delta, clean[:, -delta.shape[2] :]))
+    return cast(Tensor, (moved / before).amax((1, 2)))
+
+
+def _note(changes: InputChanges, rows: Sequence[int], delta: Delta, clean: Float[Tensor, "prompt pos d_model"]) -> None:
+    """Take down how far some rows depart; a row may be among them more than once."""
+    if changes.departures is not None:
+        at = torch.tensor(list(rows), device=delta.device)
+        changes.departures.scatter_reduce_(0, at, _departure(delta, clean).expand(len(at)), "amax")
 
 
 def _writable(delta: Tensor | None, n_sets: int, like: Tensor, width: int) -> Float[Tensor, "set prompt pos width"]:

@@ -12,8 +12,9 @@ from subcircuit.engine.model import HookedTransformer
 from subcircuit.engine.patching.calibrate import Speed, measure_speed
 from subcircuit.engine.patching.flops import Flops, chunk_flops, clean_flops, readout_flops
 from subcircuit.engine.patching.metric import Metric
+from subcircuit.engine.patching.options import DeltaExecutor, Precision
 from subcircuit.engine.patching.plan import Chunk, Start, last_changed
-from subcircuit.engine.patching.session import DeltaExecutor, DeltaSession, Precision
+from subcircuit.engine.patching.session import DeltaSession
 from subcircuit.engine.patching.sites import Patch, PatchSet, Site, Source, as_patch_set
 from subcircuit.engine.patching.sources import AlignedPrompts, PromptChunk
 

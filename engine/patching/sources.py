@@ -155,6 +155,15 @@ class Sources:
         return tail_shape(self._model.config, hook_name, self._model.dictionaries)
 
 
+def first_differences(prompts: AlignedPrompts) -> Int[Tensor, "prompt"]:
+    """First position at which each prompt differs from its corrupted twin; the last one where none does."""
+    if prompts.corrupted is None:
+        return torch.zeros(len(prompts.clean), dtype=torch.int64)
+    different = prompts.clean.cpu() != prompts.corrupted.cpu()
+    different[:, -1] = True
+    return different.int().argmax(1)
+
+
 def tail_shape(config: ModelConfig, hook_name: str, dictionaries: Mapping[str, SparseDictionary]) -> torch.Size:
     """Shape of a patchable hook point's value behind prompt and position."""
     if hook_name.endswith(ACTS):
