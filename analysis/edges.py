@@ -13,8 +13,9 @@ from typing import Any, Literal
 from jaxtyping import Float
 from torch import Tensor
 
-from subcircuit.analysis.circuit import Circuit, TraceStep
-from subcircuit.analysis.faithfulness import all_nodes, full_metric, share_left
+from subcircuit.analysis.circuit import Circuit, TraceStep, check_no_features
+from subcircuit.analysis.faithfulness import full_metric, share_left
+from subcircuit.analysis.nodes import all_nodes
 from subcircuit.analysis.pruning import candidates_at_once
 from subcircuit.analysis.tasks import Task
 from subcircuit.engine.config import ModelConfig
@@ -172,7 +173,10 @@ def edges_between(
 
     Receivers are the queries of its heads, the keys and values that they read, its MLPs and the logits; senders are its
     nodes of earlier layers, with `from_input` the embeddings too, with `same_layer` the heads beside an MLP too.
+
+    Raises PatchError for a node that the model lacks, and for a circuit with features.
     """
+    check_no_features(circuit, "a search of edges")
     for node in circuit.nodes:
         node.check(config)
 
@@ -215,8 +219,8 @@ def prune_edges(
     can score what is kept of them. The corrupted values of all prompts are held in memory meanwhile, 8 · n_layers ·
     d_model bytes per token.
 
-    Raises PatchError for an unknown option, a node that the model lacks or a task without corrupted prompts, TaskError
-    when the full model (or the circuit) does not prefer the answers.
+    Raises PatchError for an unknown option, a circuit with features or a node that the model lacks, or a task without
+    corrupted prompts, TaskError when the full model (or the circuit) does not prefer the answers.
     """
     if relative_to not in ("full", "circuit"):
         raise PatchError(f"relative_to {relative_to!r} is not known; expected 'full' or 'circuit'")

@@ -10,31 +10,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from subcircuit.analysis.circuit import Circuit
+from subcircuit.analysis.nodes import candidate_nodes, check_nodes, random_nodes
 from subcircuit.analysis.tasks import Task
-from subcircuit.engine.config import ModelConfig
 from subcircuit.engine.errors import PatchError, TaskError
 from subcircuit.engine.model import HookedTransformer
 from subcircuit.engine.patching import Component, DeltaSession, Effects, Patch, PatchSet, Site, Source, patch_effects
 from subcircuit.engine.patching.metric import Metric
 from subcircuit.engine.patching.session import Executor, Precision
-
-
-def all_nodes(config: ModelConfig) -> list[Component]:
-    """Every head and MLP, layer by layer, heads before the MLP."""
-    return [node for layer in range(config.n_layers) for node in layer_nodes(config, layer)]
-
-
-def layer_nodes(config: ModelConfig, layer: int) -> list[Component]:
-    """The heads of a layer, then its MLP: the order in which the layer computes them."""
-    return [*(Component(layer, "z", head) for head in range(config.n_heads)), Component(layer, "mlp")]
-
-
-def outside(kept: Collection[Component], config: ModelConfig) -> list[Component]:
-    """The nodes outside a keep-set. Raises PatchError when the keep-set has a node that the model lacks."""
-    for node in kept:
-        node.check(config)
-    chosen = set(kept)
-    return [node for node in all_nodes(config) if node not in chosen]
 
 
 def full_metric(clean: Float[Tensor, "prompt"], task: Task, metric: Metric) -> float:
@@ -62,8 +44,12 @@ def share_left(metric: Metric, ablated: Float[Tensor, "*any"], full: Float[Tenso
 
 
 class Ablation:
-    """Scores of keep-sets on one task: everything outside a keep-set is replaced by its source, at all positions or
+    """Scores of keep-sets on one task: the nodes outside a keep-set are replaced by their source, at all positions or
     at those given.
+
+    `nodes` are what circuits may consist of: all that `candidate_nodes` finds unless given, which is every head and
+    MLP, and of a model with dictionaries their features. What is no node is never replaced; nor is the error of a
+    dictionary, which every row computes from its own activations.
 
     A score is what is left of the full model, which has 100. With m the mean of the metric over prompts, it is
 
@@ -78,7 +64,7 @@ class Ablation:
     al. do). The clean run is shared by all calls, and what is removed for every row is propagated once.
 
     Raises TaskError when the full model does not prefer the answers (by `accuracy`: gives none), so that there is
-    nothing to recover, and PatchError for a metric that does not exist.
+    nothing to recover, and PatchError for a metric that does not exist and for nodes that the model lacks.
     """
 
     def __init__(
@@ -86,6 +72,7 @@ class Ablation:
         model: HookedTransformer,
         task: Task,
         *,
+        nodes: Iterable[Component] | None = None,
         source: Source = "mean",
         positions: tuple[int, ...] | None = None,
         executor: Executor = "torch",
@@ -94,12 +81,16 @@ class Ablation:
         budget_bytes: int | None = None,
     ) -> None:
         self.model, self.task, self.metric, self._positions = model, task, metric, positions
-        self.settings = {
+        self.nodes = tuple(candidate_nodes(model, task, source, positions) if nodes is None else nodes)
+        check_nodes(self.nodes, model)
+        self.settings: dict[str, Any] = {
             "source": source if isinstance(source, str) else "tensors",
             "executor": executor,
             "precision": precision,
             "metric": metric,
         }
+        if model.dictionaries:
+            self.settings["dictionaries"] = {name: each.d_sae for name, each in model.dictionaries.items()}
         self._source, self._executor, self._precision, self._budget_bytes = source, executor, precision, budget_bytes
         self._session: DeltaSession | None = None
         if executor != "reference":
@@ -112,7 +103,7 @@ class Ablation:
                 executor=executor,
                 metric=metric,
             )
-            self._session.prepare([self._patches(all_nodes(model.config))])
+            self._session.prepare([self._patches(self.nodes)])
         self.clean: Float[Tensor, "prompt"] = self._effects([()], ()).clean_metric.double().cpu()
         self.full = full_metric(self.clean, task, metric)
 
@@ -128,7 +119,8 @@ class Ablation:
         if not kept:
             return self.clean.new_empty(0, len(self.clean))
         base = self.complement(set[Component]().union(*kept))
-        rest = [node for node in all_nodes(self.model.config) if node not in set(base)]
+        gone = set(base)
+        rest = [node for node in self.nodes if node not in gone]
         return self.values([[node for node in rest if node not in nodes] for nodes in map(set, kept)], base)
 
     def scores(self, removed: Sequence[Iterable[Component]], base: Iterable[Component] = ()) -> list[float]:
@@ -144,8 +136,12 @@ class Ablation:
         return self.scores([self.complement(kept)])[0]
 
     def complement(self, kept: set[Component]) -> list[Component]:
-        """The nodes outside a keep-set. Raises PatchError when the keep-set has a node that the model lacks."""
-        return outside(kept, self.model.config)
+        """The nodes outside a keep-set, which may have others than `nodes`: those are kept in any case.
+
+        Raises PatchError when it has a node that the model lacks, or one that features are the nodes in place of.
+        """
+        check_nodes(kept, self.model, self.nodes)
+        return [node for node in self.nodes if node not in kept]
 
     def _patches(self, nodes: Iterable[Component]) -> PatchSet:
         return tuple(Patch(Site(node, self._positions)) for node in nodes)
@@ -170,6 +166,7 @@ def score(
     task: Task,
     circuit: Circuit,
     *,
+    nodes: Iterable[Component] | None = None,
     source: Source = "mean",
     executor: Executor = "torch",
     precision: Precision = "fp32",
@@ -177,12 +174,13 @@ def score(
     budget_bytes: int | None = None,
 ) -> float:
     """100 · LD(circuit) / LD(full), or the score of another metric as `Ablation` defines it: what the circuit recovers
-    when every other head and MLP is ablated.
+    when every other node is ablated: every head and MLP, and of a model with dictionaries their features, unless
+    `nodes` says which.
 
     Raises TaskError when the full model does not prefer the answers, PatchError for a node that the model lacks.
     """
     options: dict[str, Any] = {"source": source, "executor": executor, "precision": precision, "metric": metric}
-    ablation = Ablation(model, task, budget_bytes=budget_bytes, **options)
+    ablation = Ablation(model, task, nodes=nodes, budget_bytes=budget_bytes, **options)
     return ablation.score_of(set(circuit.nodes))
 
 
@@ -203,36 +201,19 @@ def random_circuits(
     match: str = "size",
     progress: Callable[[int, int], None] | None = None,
 ) -> list[float]:
-    """Scores of n random circuits with as many heads and as many MLPs as the given one, the baseline for its score.
+    """Scores of n random circuits with as many heads, MLPs and features as the given one, the baseline for its score.
 
-    `match="layers"` keeps the number of heads in each layer, and the MLPs, as they are. Raises PatchError for another
-    value.
+    `match="layers"` keeps their number in each layer as it is. Raises PatchError for another value, and for a circuit
+    with a node that the model lacks.
     """
     if match not in ("size", "layers"):
         raise PatchError(f"match {match!r} is not known; expected 'size' or 'layers'")
+    check_nodes(circuit.nodes, ablation.model, ablation.nodes)
     rng = random.Random(seed)
-    removed = [ablation.complement(random_nodes(ablation.model.config, circuit, rng, match)) for _ in range(n)]
+    removed = [ablation.complement(random_nodes(ablation.nodes, circuit, rng, match)) for _ in range(n)]
     scores: list[float] = []
     for first in range(0, n, 16):
         scores += ablation.scores(removed[first : first + 16])
         if progress is not None:
             progress(len(scores), n)
     return scores
-
-
-def random_nodes(config: ModelConfig, circuit: Circuit, rng: random.Random, match: str) -> set[Component]:
-    """Nodes of one random circuit: `size` as many heads and MLPs, `layers` as many heads in each layer, same MLPs.
-
-    Raises PatchError for a circuit with a node that the model lacks.
-    """
-    for node in circuit.nodes:
-        node.check(config)
-    if match == "layers":
-        per_layer = [sum(layer == at for at, _ in circuit.heads) for layer in range(config.n_layers)]
-        heads = [(layer, head) for layer, n in enumerate(per_layer) for head in rng.sample(range(config.n_heads), n)]
-        mlps = list(circuit.mlps)
-    else:
-        every_head = [(layer, head) for layer in range(config.n_layers) for head in range(config.n_heads)]
-        heads = rng.sample(every_head, len(circuit.heads))
-        mlps = rng.sample(range(config.n_layers), len(circuit.mlps))
-    return {Component(layer, "z", head) for layer, head in heads} | {Component(layer, "mlp") for layer in mlps}
