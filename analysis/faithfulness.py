@@ -6,65 +6,32 @@ import random
 from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
-from jaxtyping import Float
-from torch import Tensor
-
+from subcircuit.analysis.ablation import ItemAblation
 from subcircuit.analysis.circuit import Circuit
 from subcircuit.analysis.nodes import candidate_nodes, check_nodes, random_nodes
 from subcircuit.analysis.tasks import Task
-from subcircuit.engine.errors import PatchError, TaskError
+from subcircuit.engine.errors import PatchError
 from subcircuit.engine.model import HookedTransformer
 from subcircuit.engine.patching import Component, DeltaSession, Effects, Patch, PatchSet, Site, Source, patch_effects
 from subcircuit.engine.patching.metric import Metric
 from subcircuit.engine.patching.session import Executor, Precision
 
 
-def full_metric(clean: Float[Tensor, "prompt"], task: Task, metric: Metric) -> float:
-    """Mean metric of the full model. Raises TaskError where it does not prefer the answers, or by `accuracy` gives
-    none."""
-    full = float(clean.double().mean())
-    if metric in ("logit_difference", "accuracy") and full <= 0:
-        raise TaskError(
-            f"task '{task.name}': the model does not prefer the answers (mean {metric.replace('_', ' ')} {full:.3f}), "
-            "so there is no score relative to it"
-        )
-    return full
-
-
-def share_left(metric: Metric, ablated: Float[Tensor, "*any"], full: Float[Tensor, "*any"]) -> Float[Tensor, "*any"]:
-    """What is left of the full model, 1 for all of it, by mean metrics of the ablated and of the full one: see
-    `Ablation`."""
-    match metric:
-        case "kl":
-            return (-ablated).exp()
-        case "log_probability":
-            return (ablated - full).exp()
-        case _:
-            return ablated / full
-
-
-class Ablation:
-    """Scores of keep-sets on one task: the nodes outside a keep-set are replaced by their source, at all positions or
-    at those given.
+class Ablation(ItemAblation[Component]):
+    """Scores of keep-sets of nodes on one task (`ItemAblation` says how): the nodes outside a keep-set are replaced by
+    their source, at all positions or at those given.
 
     `nodes` are what circuits may consist of: all that `candidate_nodes` finds unless given, which is every head and
     MLP, and of a model with dictionaries their features. What is no node is never replaced; nor is the error of a
-    dictionary, which every row computes from its own activations.
-
-    A score is what is left of the full model, which has 100. With m the mean of the metric over prompts, it is
-
-    * 100 · m(ablated) / m(full) for `logit_difference` (Lan et al., arXiv 2311.04131; may be negative or above 100) and
-      for `accuracy`;
-    * 100 · exp(m(ablated) − m(full)) for `log_probability`: the answers' probability, in the geometric mean, as a share
-      of what the full model gives them;
-    * 100 · exp(−m(ablated)) for `kl`: the same share for tokens drawn from the full model's own predictions; at most
-      100.
+    dictionary, which every row computes from its own activations. A keep-set may have others than `nodes`: those are
+    kept in any case.
 
     The default source is the per-position mean over the corrupted prompts, measured in the unablated model (as Lan et
     al. do). The clean run is shared by all calls, and what is removed for every row is propagated once.
 
     Raises TaskError when the full model does not prefer the answers (by `accuracy`: gives none), so that there is
-    nothing to recover, and PatchError for a metric that does not exist and for nodes that the model lacks.
+    nothing to recover, and PatchError for a metric that does not exist, for nodes that the model lacks, and for an MLP
+    or head among nodes that are features in place of it.
     """
 
     def __init__(
@@ -80,85 +47,36 @@ class Ablation:
         metric: Metric = "logit_difference",
         budget_bytes: int | None = None,
     ) -> None:
-        self.model, self.task, self.metric, self._positions = model, task, metric, positions
-        self.nodes = tuple(candidate_nodes(model, task, source, positions) if nodes is None else nodes)
-        check_nodes(self.nodes, model)
-        self.settings: dict[str, Any] = {
-            "source": source if isinstance(source, str) else "tensors",
-            "executor": executor,
-            "precision": precision,
-            "metric": metric,
-        }
+        nodes = tuple(candidate_nodes(model, task, source, positions) if nodes is None else nodes)
+        check_nodes(nodes, model)
+        self._positions = positions
+        options: dict[str, Any] = {"source": source, "executor": executor, "precision": precision, "metric": metric}
+        super().__init__(model, task, nodes, budget_bytes=budget_bytes, **options)
         if model.dictionaries:
             self.settings["dictionaries"] = {name: each.d_sae for name, each in model.dictionaries.items()}
-        self._source, self._executor, self._precision, self._budget_bytes = source, executor, precision, budget_bytes
+
+    @property
+    def nodes(self) -> tuple[Component, ...]:
+        """What circuits may consist of."""
+        return self.items
+
+    def _prepare(self) -> None:
         self._session: DeltaSession | None = None
-        if executor != "reference":
-            self._session = DeltaSession(
-                model,
-                task,
-                source=source,
-                precision=precision,
-                budget_bytes=budget_bytes,
-                executor=executor,
-                metric=metric,
-            )
+        if self._options["executor"] != "reference":
+            self._session = DeltaSession(self.model, self.task, **self._options)
             self._session.prepare([self._patches(self.nodes)])
-        self.clean: Float[Tensor, "prompt"] = self._effects([()], ()).clean_metric.double().cpu()
-        self.full = full_metric(self.clean, task, metric)
 
-    def values(
-        self, removed: Sequence[Iterable[Component]], base: Iterable[Component] = ()
-    ) -> Float[Tensor, "set prompt"]:
-        """Metric of each prompt for each set of removed nodes, on top of the nodes of `base`; float64, on the CPU."""
-        effects = self._effects([self._patches(nodes) for nodes in removed], self._patches(base)).effects
-        return self.clean + effects.double().cpu()
+    def _effects(self, removed: Sequence[Iterable[Component]], base: Iterable[Component]) -> Effects:
+        sets, shared = [self._patches(nodes) for nodes in removed], self._patches(base)
+        if self._session is not None:
+            return self._session.effects(sets, base=shared)
+        return patch_effects(self.model, self.task, [(*shared, *each) for each in sets], **self._options)
 
-    def kept_values(self, kept: Sequence[Collection[Component]]) -> Float[Tensor, "set prompt"]:
-        """Metric of each prompt when only the nodes of each set are kept. What no set keeps is propagated once."""
-        if not kept:
-            return self.clean.new_empty(0, len(self.clean))
-        base = self.complement(set[Component]().union(*kept))
-        gone = set(base)
-        rest = [node for node in self.nodes if node not in gone]
-        return self.values([[node for node in rest if node not in nodes] for nodes in map(set, kept)], base)
-
-    def scores(self, removed: Sequence[Iterable[Component]], base: Iterable[Component] = ()) -> list[float]:
-        """Score of each set of removed nodes, on top of the nodes of `base`."""
-        return (100 * self.share(self.values(removed, base).mean(1), self.clean.mean())).tolist()
-
-    def share(self, ablated: Float[Tensor, "*any"], full: Float[Tensor, "*any"]) -> Float[Tensor, "*any"]:
-        """What is left of the full model, 1 for all of it, by mean metrics of the ablated and of the full one."""
-        return share_left(self.metric, ablated, full)
-
-    def score_of(self, kept: set[Component]) -> float:
-        """Score of the circuit that consists of the kept nodes."""
-        return self.scores([self.complement(kept)])[0]
-
-    def complement(self, kept: set[Component]) -> list[Component]:
-        """The nodes outside a keep-set, which may have others than `nodes`: those are kept in any case.
-
-        Raises PatchError when it has a node that the model lacks, or one that features are the nodes in place of.
-        """
+    def _check(self, kept: Collection[Component]) -> None:
         check_nodes(kept, self.model, self.nodes)
-        return [node for node in self.nodes if node not in kept]
 
     def _patches(self, nodes: Iterable[Component]) -> PatchSet:
         return tuple(Patch(Site(node, self._positions)) for node in nodes)
-
-    def _effects(self, sets: list[PatchSet], base: PatchSet) -> Effects:
-        if self._session is not None:
-            return self._session.effects(sets, base=base)
-        return patch_effects(
-            self.model,
-            self.task,
-            [(*base, *patch_set) for patch_set in sets],
-            source=self._source,
-            executor=self._executor,
-            precision=self._precision,
-            metric=self.metric,
-            budget_bytes=self._budget_bytes,
-        )
 
 
 def score(

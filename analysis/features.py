@@ -19,7 +19,7 @@ from subcircuit.engine.patching.answers import token_sets
 from subcircuit.engine.patching.metric import Metric, measure
 from subcircuit.engine.patching.reference import last_logits
 from subcircuit.engine.patching.session import Executor, Precision
-from subcircuit.engine.patching.sites import Kind, Patch
+from subcircuit.engine.patching.sites import Kind, Patch, source_name
 from subcircuit.engine.patching.sources import Sources, activations
 
 Method = Literal["exact", "attribution"]
@@ -150,7 +150,7 @@ def _attribution(
     settings = {
         "method": "attribution",
         "metric": metric,
-        "source": source if isinstance(source, str) else "tensors",
+        "source": source_name(source),
         "task": task.name,
         "model": model.config.name,
         "n_prompts": task.n,
