@@ -13,7 +13,8 @@ from torch import Tensor
 
 from subcircuit.analysis.circuit import Circuit
 from subcircuit.analysis.evaluation import Scale
-from subcircuit.analysis.faithfulness import Ablation, all_nodes, random_nodes
+from subcircuit.analysis.faithfulness import Ablation
+from subcircuit.analysis.nodes import random_nodes
 from subcircuit.analysis.statistics import benjamini_hochberg, empirical_p, sign_flip_p
 from subcircuit.analysis.sweep import Scores
 from subcircuit.engine.errors import PatchError
@@ -84,8 +85,8 @@ def random_baseline(
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> Baseline:
-    """The circuit beside n random ones: `match="size"` with as many heads and as many MLPs, `"layers"` with as many
-    heads in each layer and the same MLPs. A circuit drawn twice is evaluated once and counts twice.
+    """The circuit beside n random ones: `match="size"` with as many heads, MLPs and features, `"layers"` with as
+    many in each layer. A circuit drawn twice is evaluated once and counts twice.
 
     Raises PatchError for another match, no draws, or when there is nothing to recover.
     """
@@ -93,10 +94,10 @@ def random_baseline(
         raise PatchError(
             f"{n} random circuits matched by {match!r}; expected at least 1, matched by 'size' or 'layers'"
         )
-    config, rng = ablation.model.config, random.Random(seed)
-    drawn = [frozenset(random_nodes(config, circuit, rng, match)) for _ in range(n)]
+    rng = random.Random(seed)
+    drawn = [frozenset(random_nodes(ablation.nodes, circuit, rng, match)) for _ in range(n)]
     distinct = list(dict.fromkeys(drawn))
-    ends = ablation.kept_values([all_nodes(config), (), circuit.nodes]).mean(1)
+    ends = ablation.kept_values([ablation.nodes, (), circuit.nodes]).mean(1)
     scale = Scale(ends[:1], ends[1:2])
     means = torch.cat([part.mean(1) for part in _evaluated(ablation, distinct, progress)])
     points = 100 * (means - ends[1]) / scale.width

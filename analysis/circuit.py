@@ -1,4 +1,4 @@
-"""The `Circuit` value: which heads and MLPs (and edges) do a task, and how they were found."""
+"""The `Circuit` value: which heads, MLPs and features (and edges) do a task, and how they were found."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from subcircuit.analysis.tasks import Task
     from subcircuit.engine.model import HookedTransformer
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSIONS = (1, 2)
+"""Of files: 1, and 2 of circuits with features, which readers of 1 would lose without a word."""
 
 
 @dataclass(frozen=True)
@@ -35,13 +36,16 @@ class TraceStep:
 
 @dataclass(frozen=True)
 class Circuit:
-    """A set of nodes, heads `(layer, head)` and MLPs `layer`, sorted and without repetition, and edges between them.
+    """A set of nodes, sorted and without repetition, and edges between them.
 
+    Nodes are heads `(layer, head)`, MLPs `layer`, and features of sparse dictionaries, components or their names
+    (`m3.f17`). Which dictionaries, the circuit does not say: `settings` names where they sat.
     `score` is 100 · LD(circuit) / LD(full) on the task it was found on. `settings` and `trace` say how it was found;
     `edge_scores`, where the method gives them, how much each edge matters.
     Two circuits are equal when their nodes and edges and their provenance are; compare `nodes` for the nodes alone.
 
-    Raises PatchError for heads that are not pairs, or MLPs that are not numbers, of layers from 0 up.
+    Raises PatchError for heads that are not pairs, or MLPs that are not numbers, of layers from 0 up, and for features
+    that are none.
     """
 
     heads: list[tuple[int, int]]
@@ -54,30 +58,31 @@ class Circuit:
     trace: tuple[TraceStep, ...] = ()
     settings: dict[str, Any] = field(default_factory=dict)
     edge_scores: dict[Edge, float] = field(default_factory=dict)
+    features: list[Component] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "heads", sorted({_head(pair) for pair in self.heads}))
         object.__setattr__(self, "mlps", sorted({_index(layer, "MLP") for layer in self.mlps}))
+        object.__setattr__(self, "features", sorted({_feature(part) for part in self.features}, key=in_order))
 
     @classmethod
     def of_nodes(cls, nodes: Iterable[Component | str], **provenance: Any) -> Circuit:
-        """A circuit of components or their names (`a5.h1`, `m3`). Raises PatchError for another kind of component."""
+        """A circuit of components or their names (`a5.h1`, `m3`, `m3.f17`). Raises PatchError for other kinds."""
         parts = [Component.parse(node) if isinstance(node, str) else node for node in nodes]
         for part in parts:
-            if part.kind not in ("z", "mlp"):
-                raise PatchError(f"'{part}' cannot be a circuit's node; expected heads (a5.h1) and MLPs (m3)")
+            check_kind(part)
         heads = [(part.layer, part.index) for part in parts if part.kind == "z"]
-        return cls(heads, [part.layer for part in parts if part.kind == "mlp"], **provenance)
+        mlps = [part.layer for part in parts if part.kind == "mlp"]
+        return cls(heads, mlps, features=[part for part in parts if part.is_feature], **provenance)
 
     @property
     def nodes(self) -> list[Component]:
         """Its components in the order in which the model computes them."""
         heads = [Component(layer, "z", head) for layer, head in self.heads]
-        nodes = [*heads, *(Component(layer, "mlp") for layer in self.mlps)]
-        return sorted(nodes, key=lambda node: (node.layer, node.stage, node.index))
+        return sorted([*heads, *(Component(layer, "mlp") for layer in self.mlps), *self.features], key=in_order)
 
     def __len__(self) -> int:
-        return len(self.heads) + len(self.mlps)
+        return len(self.heads) + len(self.mlps) + len(self.features)
 
     def __and__(self, other: Circuit) -> Circuit:
         """Nodes and edges that both have."""
@@ -103,10 +108,14 @@ class Circuit:
             method="set operation",
         )
 
-    def jaccard(self, other: Circuit, nodes: Literal["all", "heads"] = "all") -> float:
-        """Size of the intersection over size of the union, of all nodes or of the heads; 1 for two empty sets."""
-        mine: set[object] = set(self.heads) if nodes == "heads" else set(self.nodes)
-        theirs: set[object] = set(other.heads) if nodes == "heads" else set(other.nodes)
+    def jaccard(self, other: Circuit, nodes: Literal["all", "heads", "features"] = "all") -> float:
+        """Size of the intersection over size of the union, of all nodes or of one kind; 1 for two empty sets."""
+
+        def chosen(circuit: Circuit) -> set[object]:
+            kinds: dict[str, Sequence[object]] = {"all": circuit.nodes, "heads": circuit.heads}
+            return set((kinds | {"features": circuit.features})[nodes])
+
+        mine, theirs = chosen(self), chosen(other)
         return len(mine & theirs) / len(mine | theirs) if mine | theirs else 1.0
 
     def faithfulness(self, model: HookedTransformer, task: Task, **options: Any) -> float:
@@ -120,18 +129,20 @@ class Circuit:
         mlps = " ".join(map(str, self.mlps)) or "none"
         found = f", score {self.score:.1f}" if self.score is not None else ""
         edges = f", {len(self.edges)} edge{'' if len(self.edges) == 1 else 's'}" if self.edges else ""
-        return f"{len(self.heads)} heads ({heads}), {len(self.mlps)} MLPs ({mlps}){edges}{found}"
+        features = f", {len(self.features)} features ({' '.join(map(str, self.features))})" if self.features else ""
+        return f"{len(self.heads)} heads ({heads}), {len(self.mlps)} MLPs ({mlps}){features}{edges}{found}"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
         return {
-            "schema": SCHEMA_VERSION,
+            "schema": 2 if self.features else 1,
             "model": self.model,
             "task": self.task,
             "method": self.method,
             "score": self.score,
             "heads": [list(head) for head in self.heads],
             "mlps": self.mlps,
+            "features": [str(part) for part in self.features],
             "edges": [list(edge) for edge in self.edges],
             "edge_scores": [[*edge, score] for edge, score in self.edge_scores.items()],
             "settings": self.settings,
@@ -141,13 +152,14 @@ class Circuit:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Circuit:
         """Raises StoreError for values that are not a circuit's, or of a later schema."""
-        if not isinstance(values, dict) or values.get("schema") != SCHEMA_VERSION:
+        if not isinstance(values, dict) or values.get("schema") not in SCHEMA_VERSIONS:
             found = values.get("schema") if isinstance(values, dict) else type(values).__name__
-            raise StoreError(f"not a circuit of schema {SCHEMA_VERSION}: found {found!r}")
+            raise StoreError(f"not a circuit of schema {' or '.join(map(str, SCHEMA_VERSIONS))}: found {found!r}")
         try:
             return cls(
                 heads=[(layer, head) for layer, head in values["heads"]],
                 mlps=values["mlps"],
+                features=values.get("features", ()),
                 edges=tuple((sender, receiver) for sender, receiver in values["edges"]),
                 trace=tuple(TraceStep(**step) for step in values["trace"]),
                 edge_scores={(sender, receiver): score for sender, receiver, score in values.get("edge_scores", ())},
@@ -233,6 +245,32 @@ def _reduced(circuits: Sequence[Circuit], operation: Any, sign: str) -> Circuit:
     combined = Circuit.of_nodes(nodes, edges=tuple(sorted(edges)), method="set operation")
     models = {circuit.model for circuit in circuits}
     return replace(combined, model=models.pop() if len(models) == 1 else "", task=sign.join(c.task for c in circuits))
+
+
+def in_order(node: Component) -> tuple[int, int, int]:
+    """Sorts nodes in the order in which the model computes them."""
+    return node.layer, node.stage, node.index
+
+
+def check_kind(part: Component) -> None:
+    """Raises PatchError for a component that is no head, MLP or feature."""
+    if part.kind not in ("z", "mlp") and not part.is_feature:
+        raise PatchError(
+            f"'{part}' cannot be a circuit's node; expected heads (a5.h1), MLPs (m3) and features (m3.f17)"
+        )
+
+
+def check_no_features(circuit: Circuit, what: str) -> None:
+    """Raises PatchError for a circuit with features, when `what` knows heads and MLPs alone."""
+    if circuit.features:
+        raise PatchError(f"the circuit has features (such as {circuit.features[0]}); {what} takes heads and MLPs alone")
+
+
+def _feature(part: Any) -> Component:
+    part = Component.parse(part) if isinstance(part, str) else part
+    if not isinstance(part, Component) or not part.is_feature:
+        raise PatchError(f"feature {part!r} is not understood; expected components such as m3.f17, or their names")
+    return part
 
 
 def _head(pair: Any) -> tuple[int, int]:

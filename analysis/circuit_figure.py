@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -28,7 +29,10 @@ WIDTH, HEIGHT = 0.78, 0.36
 
 @dataclass(frozen=True)
 class _Layout:
-    """Where everything stands, one unit per head and per layer with nodes; the first layer is at the bottom."""
+    """Where everything stands, one unit per head and per layer with nodes; the first layer is at the bottom.
+
+    Features of one dictionary, of which there may be hundreds, are one box that says how many.
+    """
 
     nodes: dict[str, Place]
     width: float
@@ -46,6 +50,10 @@ class _Layout:
             if layer in circuit.mlps:
                 # Above its layer's heads, which it reads.
                 nodes[f"m{layer}"] = most + 0.9, 1.25 * row + 0.5
+            for kind, n in Counter(part.kind for part in circuit.features if part.layer == layer).items():
+                above = {"resid_feature": -0.25, "z_feature": 0.0, "mlp_feature": 0.5}[kind]
+                x = most / 2 if kind == "z_feature" else most + 0.9
+                nodes[f"{n} × {Component(layer, kind)}".removesuffix("0")] = x, 1.25 * row + above
         height = 1.25 * (len(layers) + 1) + 0.35
         middle = (most + 1.4) / 2
         return cls({INPUT: (middle, 0.0), LOGITS: (middle, height), **nodes}, most + 1.9, height)
@@ -151,7 +159,7 @@ def _curve(start: Place, end: Place) -> Path:
 
 
 def _draw_node(axes: Axes, name: str, place: Place, joined: bool) -> None:
-    width = WIDTH * (1.3 if name in (INPUT, LOGITS) else 1)
+    width = WIDTH * (1.3 if _is_text(name) else 1)
     corner = place[0] - width / 2, place[1] - HEIGHT / 2
     box = FancyBboxPatch(
         corner,
@@ -168,9 +176,14 @@ def _draw_node(axes: Axes, name: str, place: Place, joined: bool) -> None:
     axes.text(*place, _label(name), ha="center", va="center", fontsize=8, color=ink, zorder=3)
 
 
+def _is_text(name: str) -> bool:
+    """Whether a box is named for what stands in it: embeddings, logits, features."""
+    return name in (INPUT, LOGITS) or "×" in name
+
+
 def _label(name: str) -> str:
     """`4.4` for a head, `MLP 3`, or the name itself."""
-    if name in (INPUT, LOGITS):
+    if _is_text(name):
         return name
     part = Component.parse(name)
     return f"{part.layer}.{part.index}" if part.kind == "z" else f"MLP {part.layer}"

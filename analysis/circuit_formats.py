@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from subcircuit.analysis.circuit import Circuit
+from subcircuit.analysis.circuit import Circuit, check_no_features
 from subcircuit.analysis.eap import EdgeScores
 from subcircuit.analysis.store import write_whole
 from subcircuit.engine.config import ModelConfig
@@ -35,8 +35,9 @@ from subcircuit.engine.patching.graph import INPUT, LOGITS, Edge, edges, readers
 def to_mib(circuit: Circuit, config: ModelConfig, scores: EdgeScores | None = None) -> dict[str, Any]:
     """A circuit of edges, with the scores of all edges where they are given (else 1 inside and 0 outside), for MIB.
 
-    Raises PatchError for a circuit without edges, or an edge that the model does not have.
+    Raises PatchError for a circuit without edges or with features, or an edge that the model does not have.
     """
+    check_no_features(circuit, "MIB's format")
     if not circuit.edges and circuit.nodes:
         raise PatchError("the circuit has nodes but no edges, and MIB's format is one of edges")
     everything, chosen = edges(config), set(circuit.edges)

@@ -94,7 +94,7 @@ def _pair(a: str, b: str, first: Circuit, config_a: ModelConfig, second: Circuit
 def _bare(circuit: Circuit) -> dict[str, Any]:
     """A circuit without how it was found."""
     values = circuit.to_dict()
-    return {name: values[name] for name in ("model", "task", "score", "heads", "mlps", "edges")}
+    return {name: values[name] for name in ("model", "task", "score", "heads", "mlps", "features", "edges")}
 
 
 def jaccard_matrix(

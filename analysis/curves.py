@@ -106,7 +106,7 @@ def faithfulness_curve(
 
 
 def node_curve(ablation: Ablation, ranking: Sequence[Component], **options: float | Sequence[float]) -> Curve:
-    """The curve of a ranking of nodes, which must name every head and MLP: `faithfulness_curve` says the rest.
+    """The curve of a ranking of nodes, which must name all of the ablation's: `faithfulness_curve` says the rest.
 
     Raises PatchError for a ranking that leaves out a node or has one that the model lacks.
     """
@@ -117,7 +117,7 @@ def node_curve(ablation: Ablation, ranking: Sequence[Component], **options: floa
 
 
 def node_ranking(scores: Scores, *, signed: bool = False) -> list[Component]:
-    """Heads and MLPs of a sweep at all positions, the most important first.
+    """Heads, MLPs and features of a sweep at all positions, the most important first.
 
     Importance is the size of the mean effect; `signed`, how much patching lowers the metric, so that nodes that work
     against the task come last.
@@ -125,7 +125,7 @@ def node_ranking(scores: Scores, *, signed: bool = False) -> list[Component]:
     nodes = [
         (float(effect), site.component)
         for site, effect in zip(scores.sites, scores.mean, strict=True)
-        if site.positions is None and site.component.kind in ("z", "mlp")
+        if site.positions is None and (site.component.kind in ("z", "mlp") or site.component.is_feature)
     ]
     return [node for effect, node in sorted(nodes, key=lambda pair: pair[0] if signed else -abs(pair[0]))]
 

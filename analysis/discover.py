@@ -63,6 +63,9 @@ METHODS: dict[str, Callable[..., Circuit]] = {
 def discover(model: HookedTransformer, task: Task, method: str = "prune", **options: Any) -> Circuit:
     """The circuit with which a model does a task.
 
+    Nodes are heads and MLPs; of a model with sparse dictionaries (`model.with_dictionaries(dictionary)`), their
+    features in place of what they sit at (`nodes.candidate_nodes`). Methods that find edges take no such model.
+
     | method          | finds | by                                               | options of `analysis`'s        |
     | --------------- | ----- | ------------------------------------------------ | ------------------------------ |
     | `prune`         | nodes | iterative pruning (Lan et al., arXiv 2311.04131) | `pruning.prune_nodes`          |
@@ -71,11 +74,17 @@ def discover(model: HookedTransformer, task: Task, method: str = "prune", **opti
     | `eap`, `eap-ig` | edges | gradients (arXiv 2310.10348, 2403.17806)         | `discover.strongest_edges`     |
     | `edge-masks`    | edges | learned gates (arXiv 2406.16778), exact scores   | `edge_masks.edge_mask_circuit` |
 
-    Raises PatchError for an unknown method or an option that it does not take, and what the method raises.
+    Raises PatchError for an unknown method, an option or a model with dictionaries that it does not take, and what the
+    method raises.
     """
     if method not in METHODS:
         raise PatchError(f"method {method!r} is not known; expected one of {', '.join(METHODS)}")
     takes = options_of(method)
+    if model.dictionaries and "nodes" not in takes:
+        raise PatchError(
+            f"method {method!r} finds edges between heads and MLPs; expected a model without dictionaries, or one of "
+            f"{', '.join(name for name in METHODS if 'nodes' in options_of(name))}"
+        )
     for name in options:
         if name not in takes:
             raise PatchError(f"method {method!r} has no option {name!r}; expected some of {', '.join(takes)}")

@@ -38,6 +38,7 @@ from subcircuit.engine.patching.gradients import ENTRY, MetricPass
 from subcircuit.engine.patching.graph import INPUT, LOGITS, Edge, check_edge, n_senders_to, readers, receivers, senders
 from subcircuit.engine.patching.memory import clean_bytes
 from subcircuit.engine.patching.options import check_prompts, default_budget, in_dtype
+from subcircuit.engine.patching.sites import source_name
 from subcircuit.engine.patching.sources import PromptChunk, Sources
 
 EdgeMethod = Literal["eap", "eap-ig"]
@@ -146,7 +147,7 @@ def edge_scores(
     settings = {
         "method": method,
         **({"steps": steps} if method == "eap-ig" else {}),
-        "source": source if isinstance(source, str) else "tensors",
+        "source": source_name(source),
         "precision": precision,
         "task": task.name,
         "model": model.config.name,

@@ -6,15 +6,16 @@ computed as always (`engine.patching.edges`). Scores are those of circuits of no
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from jaxtyping import Float
 from torch import Tensor
 
-from subcircuit.analysis.circuit import Circuit, TraceStep
-from subcircuit.analysis.faithfulness import all_nodes, full_metric, share_left
+from subcircuit.analysis.ablation import ItemAblation, full_metric
+from subcircuit.analysis.circuit import Circuit, TraceStep, check_no_features
+from subcircuit.analysis.nodes import all_nodes
 from subcircuit.analysis.pruning import candidates_at_once
 from subcircuit.analysis.tasks import Task
 from subcircuit.engine.config import ModelConfig
@@ -33,6 +34,7 @@ from subcircuit.engine.patching.graph import INPUT, LOGITS, Edge, check_edge, ed
 from subcircuit.engine.patching.metric import Metric
 from subcircuit.engine.patching.options import Executor, Precision
 from subcircuit.engine.patching.path_delta import Freeze
+from subcircuit.engine.patching.sites import source_name
 
 Progress = Callable[[int, int], None]
 
@@ -75,12 +77,12 @@ def verify_edges(
     chosen = tuple(chosen)
     options: dict[str, Any] = {"source": source, "executor": executor, "precision": precision}
     result = edge_effects(model, task, chosen, budget_bytes=budget_bytes, progress=progress, **options)
-    settings = {**options, "source": _source_name(source), "method": "exact", "model": model.config.name}
+    settings = {**options, "source": source_name(source), "method": "exact", "model": model.config.name}
     return EdgeEffects(chosen, result.effects, result.clean_metric, {**settings, "task": task.name})
 
 
-class EdgeAblation:
-    """Scores of sets of removed edges on one task, sharing a clean run, as `Ablation` gives those of nodes.
+class EdgeAblation(ItemAblation[Edge]):
+    """Scores of keep-sets of edges on one task, sharing a clean run, as `Ablation` gives those of nodes.
 
     Raises TaskError when the full model does not prefer the answers, so that there is nothing to recover, and
     PatchError for a metric that does not exist.
@@ -97,49 +99,22 @@ class EdgeAblation:
         metric: Metric = "logit_difference",
         budget_bytes: int | None = None,
     ) -> None:
-        self.model, self.task, self.metric = model, task, metric
-        self.settings = {
-            "source": _source_name(source),
-            "executor": executor,
-            "precision": precision,
-            "metric": metric,
-        }
-        self._options: dict[str, Any] = {"source": source, "precision": precision, "metric": metric}
-        self._options["budget_bytes"] = budget_bytes
-        self._session: EdgeSession | None = None
-        if executor != "reference":
-            self._session = EdgeSession(model, task, executor=executor, **self._options)
-        self.clean: Float[Tensor, "prompt"] = self._effects([], EdgeSet()).clean_metric.double().cpu()
-        self.full = full_metric(self.clean, task, metric)
+        options: dict[str, Any] = {"source": source, "executor": executor, "precision": precision, "metric": metric}
+        super().__init__(model, task, edges(model.config), budget_bytes=budget_bytes, **options)
 
-    def values(self, removed: Sequence[Iterable[Edge]], base: Iterable[Edge] = ()) -> Float[Tensor, "set prompt"]:
-        """Metric of each prompt for each set of removed edges, on top of the edges of `base`; float64, on the CPU."""
-        result = self._effects([EdgeSet(tuple(chosen)) for chosen in removed], EdgeSet(tuple(base)))
-        return self.clean + result.effects.double().cpu()
+    def _prepare(self) -> None:
+        reference = self._options["executor"] == "reference"
+        self._session = None if reference else EdgeSession(self.model, self.task, **self._options)
 
-    def kept_values(self, kept: Sequence[Iterable[Edge]]) -> Float[Tensor, "set prompt"]:
-        """Metric of each prompt when only the edges of each set are kept, as `evaluation` and `curves` take it."""
-        return self.values([self.complement(chosen) for chosen in kept])
-
-    def scores(self, removed: Sequence[Iterable[Edge]], base: Iterable[Edge] = ()) -> list[float]:
-        """Score of each set of removed edges, on top of the edges of `base`."""
-        return (100 * share_left(self.metric, self.values(removed, base).mean(1), self.clean.mean())).tolist()
-
-    def _effects(self, sets: Sequence[EdgeSet], base: EdgeSet) -> Effects:
+    def _effects(self, removed: Sequence[Iterable[Edge]], base: Iterable[Edge]) -> Effects:
+        sets, shared = [EdgeSet(tuple(chosen)) for chosen in removed], EdgeSet(tuple(base))
         if self._session is not None:
-            return self._session.edge_effects(sets, base)
-        return edge_effects(self.model, self.task, sets, base=base, executor="reference", **self._options)
+            return self._session.edge_effects(sets, shared)
+        return edge_effects(self.model, self.task, sets, base=shared, **self._options)
 
-    def score_of(self, kept: Iterable[Edge]) -> float:
-        """Score of the circuit that consists of the kept edges alone. Raises PatchError for one that does not exist."""
-        return self.scores([self.complement(kept)])[0]
-
-    def complement(self, kept: Iterable[Edge]) -> list[Edge]:
-        """The edges outside a keep-set. Raises PatchError when it has one that the model lacks."""
-        kept = set(kept)
+    def _check(self, kept: Collection[Edge]) -> None:
         for edge in kept:
             check_edge(edge, self.model.config)
-        return [edge for edge in edges(self.model.config) if edge not in kept]
 
 
 def edge_score(
@@ -172,7 +147,10 @@ def edges_between(
 
     Receivers are the queries of its heads, the keys and values that they read, its MLPs and the logits; senders are its
     nodes of earlier layers, with `from_input` the embeddings too, with `same_layer` the heads beside an MLP too.
+
+    Raises PatchError for a node that the model lacks, and for a circuit with features.
     """
+    check_no_features(circuit, "a search of edges")
     for node in circuit.nodes:
         node.check(config)
 
@@ -215,8 +193,8 @@ def prune_edges(
     can score what is kept of them. The corrupted values of all prompts are held in memory meanwhile, 8 · n_layers ·
     d_model bytes per token.
 
-    Raises PatchError for an unknown option, a node that the model lacks or a task without corrupted prompts, TaskError
-    when the full model (or the circuit) does not prefer the answers.
+    Raises PatchError for an unknown option, a circuit with features or a node that the model lacks, or a task without
+    corrupted prompts, TaskError when the full model (or the circuit) does not prefer the answers.
     """
     if relative_to not in ("full", "circuit"):
         raise PatchError(f"relative_to {relative_to!r} is not known; expected 'full' or 'circuit'")
@@ -252,7 +230,7 @@ def prune_edges(
         "freeze": freeze,
         "from_input": from_input,
         "same_layer": same_layer,
-        "source": _source_name(source),
+        "source": source_name(source),
         "n_candidates": len(candidates),
         "score": score_without(edge for edge in candidates if edge not in set(kept)),
     }
@@ -378,7 +356,3 @@ def _metrics(result: Effects) -> list[float]:
     """Mean logit difference of each set."""
     means: list[float] = (result.effects.double().mean(1) + result.clean_metric.double().mean()).tolist()
     return means
-
-
-def _source_name(source: Source) -> str:
-    return source if isinstance(source, str) else "tensors"

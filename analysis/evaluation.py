@@ -25,7 +25,7 @@ from torch import Tensor
 
 from subcircuit.analysis.circuit import Circuit
 from subcircuit.analysis.curves import Evaluate, Item
-from subcircuit.analysis.faithfulness import Ablation, all_nodes
+from subcircuit.analysis.faithfulness import Ablation
 from subcircuit.analysis.statistics import (
     Interval,
     bootstrap_mean,
@@ -153,9 +153,9 @@ def evaluate_circuit(
 
     Raises PatchError for an empty circuit, a node that the model lacks, or when there is nothing to recover.
     """
-    nodes, everything = circuit.nodes, all_nodes(ablation.model.config)
+    nodes, everything = circuit.nodes, ablation.nodes
     if not nodes:
-        raise PatchError("a circuit without nodes cannot be evaluated; expected at least one head or MLP")
+        raise PatchError("a circuit without nodes cannot be evaluated; expected at least one")
     rest = ablation.complement(set(nodes))
     values = ablation.kept_values([everything, nodes, rest, ()])
     scale = Scale(values[0], values[3], seed)
@@ -241,7 +241,6 @@ def circuits_scored(
     ablation: Ablation, circuits: Mapping[str, Circuit], *, seed: int = 0
 ) -> dict[str, tuple[float, float, float]]:
     """Points that each circuit recovers on the ablation's task, with interval: unions, intersections, other tasks'."""
-    everything = all_nodes(ablation.model.config)
-    values = ablation.kept_values([everything, (), *(circuit.nodes for circuit in circuits.values())])
+    values = ablation.kept_values([ablation.nodes, (), *(circuit.nodes for circuit in circuits.values())])
     points = Scale(values[0], values[1], seed).recovered(values[2:])
     return {name: points.at(i) for i, name in enumerate(circuits)}

@@ -6,79 +6,32 @@ import random
 from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
-from jaxtyping import Float
-from torch import Tensor
-
+from subcircuit.analysis.ablation import ItemAblation
 from subcircuit.analysis.circuit import Circuit
+from subcircuit.analysis.nodes import candidate_nodes, check_nodes, random_nodes
 from subcircuit.analysis.tasks import Task
-from subcircuit.engine.config import ModelConfig
-from subcircuit.engine.errors import PatchError, TaskError
+from subcircuit.engine.errors import PatchError
 from subcircuit.engine.model import HookedTransformer
 from subcircuit.engine.patching import Component, DeltaSession, Effects, Patch, PatchSet, Site, Source, patch_effects
 from subcircuit.engine.patching.metric import Metric
 from subcircuit.engine.patching.options import Executor, Precision
 
 
-def all_nodes(config: ModelConfig) -> list[Component]:
-    """Every head and MLP, layer by layer, heads before the MLP."""
-    return [node for layer in range(config.n_layers) for node in layer_nodes(config, layer)]
+class Ablation(ItemAblation[Component]):
+    """Scores of keep-sets of nodes on one task (`ItemAblation` says how): the nodes outside a keep-set are replaced by
+    their source, at all positions or at those given.
 
-
-def layer_nodes(config: ModelConfig, layer: int) -> list[Component]:
-    """The heads of a layer, then its MLP: the order in which the layer computes them."""
-    return [*(Component(layer, "z", head) for head in range(config.n_heads)), Component(layer, "mlp")]
-
-
-def outside(kept: Collection[Component], config: ModelConfig) -> list[Component]:
-    """The nodes outside a keep-set. Raises PatchError when the keep-set has a node that the model lacks."""
-    for node in kept:
-        node.check(config)
-    chosen = set(kept)
-    return [node for node in all_nodes(config) if node not in chosen]
-
-
-def full_metric(clean: Float[Tensor, "prompt"], task: Task, metric: Metric) -> float:
-    """Mean metric of the full model. Raises TaskError where it does not prefer the answers, or by `accuracy` gives
-    none."""
-    full = float(clean.double().mean())
-    if metric in ("logit_difference", "accuracy") and full <= 0:
-        raise TaskError(
-            f"task '{task.name}': the model does not prefer the answers (mean {metric.replace('_', ' ')} {full:.3f}), "
-            "so there is no score relative to it"
-        )
-    return full
-
-
-def share_left(metric: Metric, ablated: Float[Tensor, "*any"], full: Float[Tensor, "*any"]) -> Float[Tensor, "*any"]:
-    """What is left of the full model, 1 for all of it, by mean metrics of the ablated and of the full one: see
-    `Ablation`."""
-    match metric:
-        case "kl":
-            return (-ablated).exp()
-        case "log_probability":
-            return (ablated - full).exp()
-        case _:
-            return ablated / full
-
-
-class Ablation:
-    """Scores of keep-sets on one task: everything outside a keep-set is replaced by its source, at all positions or
-    at those given.
-
-    A score is what is left of the full model, which has 100. With m the mean of the metric over prompts, it is
-
-    * 100 · m(ablated) / m(full) for `logit_difference` (Lan et al., arXiv 2311.04131; may be negative or above 100) and
-      for `accuracy`;
-    * 100 · exp(m(ablated) − m(full)) for `log_probability`: the answers' probability, in the geometric mean, as a share
-      of what the full model gives them;
-    * 100 · exp(−m(ablated)) for `kl`: the same share for tokens drawn from the full model's own predictions; at most
-      100.
+    `nodes` are what circuits may consist of: all that `candidate_nodes` finds unless given, which is every head and
+    MLP, and of a model with dictionaries their features. What is no node is never replaced; nor is the error of a
+    dictionary, which every row computes from its own activations. A keep-set may have others than `nodes`: those are
+    kept in any case.
 
     The default source is the per-position mean over the corrupted prompts, measured in the unablated model (as Lan et
     al. do). The clean run is shared by all calls, and what is removed for every row is propagated once.
 
     Raises TaskError when the full model does not prefer the answers (by `accuracy`: gives none), so that there is
-    nothing to recover, and PatchError for a metric that does not exist.
+    nothing to recover, and PatchError for a metric that does not exist, for nodes that the model lacks, and for an MLP
+    or head among nodes that are features in place of it.
     """
 
     def __init__(
@@ -86,6 +39,7 @@ class Ablation:
         model: HookedTransformer,
         task: Task,
         *,
+        nodes: Iterable[Component] | None = None,
         source: Source = "mean",
         positions: tuple[int, ...] | None = None,
         executor: Executor = "torch",
@@ -93,76 +47,36 @@ class Ablation:
         metric: Metric = "logit_difference",
         budget_bytes: int | None = None,
     ) -> None:
-        self.model, self.task, self.metric, self._positions = model, task, metric, positions
-        self.settings = {
-            "source": source if isinstance(source, str) else "tensors",
-            "executor": executor,
-            "precision": precision,
-            "metric": metric,
-        }
-        self._source, self._executor, self._precision, self._budget_bytes = source, executor, precision, budget_bytes
+        nodes = tuple(candidate_nodes(model, task, source, positions) if nodes is None else nodes)
+        check_nodes(nodes, model)
+        self._positions = positions
+        options: dict[str, Any] = {"source": source, "executor": executor, "precision": precision, "metric": metric}
+        super().__init__(model, task, nodes, budget_bytes=budget_bytes, **options)
+        if model.dictionaries:
+            self.settings["dictionaries"] = {name: each.d_sae for name, each in model.dictionaries.items()}
+
+    @property
+    def nodes(self) -> tuple[Component, ...]:
+        """What circuits may consist of."""
+        return self.items
+
+    def _prepare(self) -> None:
         self._session: DeltaSession | None = None
-        if executor != "reference":
-            self._session = DeltaSession(
-                model,
-                task,
-                source=source,
-                precision=precision,
-                budget_bytes=budget_bytes,
-                executor=executor,
-                metric=metric,
-            )
-            self._session.prepare([self._patches(all_nodes(model.config))])
-        self.clean: Float[Tensor, "prompt"] = self._effects([()], ()).clean_metric.double().cpu()
-        self.full = full_metric(self.clean, task, metric)
+        if self._options["executor"] != "reference":
+            self._session = DeltaSession(self.model, self.task, **self._options)
+            self._session.prepare([self._patches(self.nodes)])
 
-    def values(
-        self, removed: Sequence[Iterable[Component]], base: Iterable[Component] = ()
-    ) -> Float[Tensor, "set prompt"]:
-        """Metric of each prompt for each set of removed nodes, on top of the nodes of `base`; float64, on the CPU."""
-        effects = self._effects([self._patches(nodes) for nodes in removed], self._patches(base)).effects
-        return self.clean + effects.double().cpu()
+    def _effects(self, removed: Sequence[Iterable[Component]], base: Iterable[Component]) -> Effects:
+        sets, shared = [self._patches(nodes) for nodes in removed], self._patches(base)
+        if self._session is not None:
+            return self._session.effects(sets, base=shared)
+        return patch_effects(self.model, self.task, [(*shared, *each) for each in sets], **self._options)
 
-    def kept_values(self, kept: Sequence[Collection[Component]]) -> Float[Tensor, "set prompt"]:
-        """Metric of each prompt when only the nodes of each set are kept. What no set keeps is propagated once."""
-        if not kept:
-            return self.clean.new_empty(0, len(self.clean))
-        base = self.complement(set[Component]().union(*kept))
-        rest = [node for node in all_nodes(self.model.config) if node not in set(base)]
-        return self.values([[node for node in rest if node not in nodes] for nodes in map(set, kept)], base)
-
-    def scores(self, removed: Sequence[Iterable[Component]], base: Iterable[Component] = ()) -> list[float]:
-        """Score of each set of removed nodes, on top of the nodes of `base`."""
-        return (100 * self.share(self.values(removed, base).mean(1), self.clean.mean())).tolist()
-
-    def share(self, ablated: Float[Tensor, "*any"], full: Float[Tensor, "*any"]) -> Float[Tensor, "*any"]:
-        """What is left of the full model, 1 for all of it, by mean metrics of the ablated and of the full one."""
-        return share_left(self.metric, ablated, full)
-
-    def score_of(self, kept: set[Component]) -> float:
-        """Score of the circuit that consists of the kept nodes."""
-        return self.scores([self.complement(kept)])[0]
-
-    def complement(self, kept: set[Component]) -> list[Component]:
-        """The nodes outside a keep-set. Raises PatchError when the keep-set has a node that the model lacks."""
-        return outside(kept, self.model.config)
+    def _check(self, kept: Collection[Component]) -> None:
+        check_nodes(kept, self.model, self.nodes)
 
     def _patches(self, nodes: Iterable[Component]) -> PatchSet:
         return tuple(Patch(Site(node, self._positions)) for node in nodes)
-
-    def _effects(self, sets: list[PatchSet], base: PatchSet) -> Effects:
-        if self._session is not None:
-            return self._session.effects(sets, base=base)
-        return patch_effects(
-            self.model,
-            self.task,
-            [(*base, *patch_set) for patch_set in sets],
-            source=self._source,
-            executor=self._executor,
-            precision=self._precision,
-            metric=self.metric,
-            budget_bytes=self._budget_bytes,
-        )
 
 
 def score(
@@ -170,6 +84,7 @@ def score(
     task: Task,
     circuit: Circuit,
     *,
+    nodes: Iterable[Component] | None = None,
     source: Source = "mean",
     executor: Executor = "torch",
     precision: Precision = "fp32",
@@ -177,12 +92,13 @@ def score(
     budget_bytes: int | None = None,
 ) -> float:
     """100 · LD(circuit) / LD(full), or the score of another metric as `Ablation` defines it: what the circuit recovers
-    when every other head and MLP is ablated.
+    when every other node is ablated: every head and MLP, and of a model with dictionaries their features, unless
+    `nodes` says which.
 
     Raises TaskError when the full model does not prefer the answers, PatchError for a node that the model lacks.
     """
     options: dict[str, Any] = {"source": source, "executor": executor, "precision": precision, "metric": metric}
-    ablation = Ablation(model, task, budget_bytes=budget_bytes, **options)
+    ablation = Ablation(model, task, nodes=nodes, budget_bytes=budget_bytes, **options)
     return ablation.score_of(set(circuit.nodes))
 
 
@@ -203,36 +119,19 @@ def random_circuits(
     match: str = "size",
     progress: Callable[[int, int], None] | None = None,
 ) -> list[float]:
-    """Scores of n random circuits with as many heads and as many MLPs as the given one, the baseline for its score.
+    """Scores of n random circuits with as many heads, MLPs and features as the given one, the baseline for its score.
 
-    `match="layers"` keeps the number of heads in each layer, and the MLPs, as they are. Raises PatchError for another
-    value.
+    `match="layers"` keeps their number in each layer as it is. Raises PatchError for another value, and for a circuit
+    with a node that the model lacks.
     """
     if match not in ("size", "layers"):
         raise PatchError(f"match {match!r} is not known; expected 'size' or 'layers'")
+    check_nodes(circuit.nodes, ablation.model, ablation.nodes)
     rng = random.Random(seed)
-    removed = [ablation.complement(random_nodes(ablation.model.config, circuit, rng, match)) for _ in range(n)]
+    removed = [ablation.complement(random_nodes(ablation.nodes, circuit, rng, match)) for _ in range(n)]
     scores: list[float] = []
     for first in range(0, n, 16):
         scores += ablation.scores(removed[first : first + 16])
         if progress is not None:
             progress(len(scores), n)
     return scores
-
-
-def random_nodes(config: ModelConfig, circuit: Circuit, rng: random.Random, match: str) -> set[Component]:
-    """Nodes of one random circuit: `size` as many heads and MLPs, `layers` as many heads in each layer, same MLPs.
-
-    Raises PatchError for a circuit with a node that the model lacks.
-    """
-    for node in circuit.nodes:
-        node.check(config)
-    if match == "layers":
-        per_layer = [sum(layer == at for at, _ in circuit.heads) for layer in range(config.n_layers)]
-        heads = [(layer, head) for layer, n in enumerate(per_layer) for head in rng.sample(range(config.n_heads), n)]
-        mlps = list(circuit.mlps)
-    else:
-        every_head = [(layer, head) for layer in range(config.n_layers) for head in range(config.n_heads)]
-        heads = rng.sample(every_head, len(circuit.heads))
-        mlps = rng.sample(range(config.n_layers), len(circuit.mlps))
-    return {Component(layer, "z", head) for layer, head in heads} | {Component(layer, "mlp") for layer in mlps}

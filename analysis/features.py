@@ -19,7 +19,7 @@ from subcircuit.engine.patching.answers import token_sets
 from subcircuit.engine.patching.metric import Metric, measure
 from subcircuit.engine.patching.options import Executor, Precision
 from subcircuit.engine.patching.reference import last_logits
-from subcircuit.engine.patching.sites import Kind, Patch
+from subcircuit.engine.patching.sites import Kind, Patch, source_name
 from subcircuit.engine.patching.sources import Sources, activations
 
 Method = Literal["exact", "attribution"]
@@ -69,7 +69,7 @@ def feature_scores(
         raise PatchError(f"method {method!r} is not known; expected 'exact' or 'attribution'")
     spliced = model.with_dictionaries(dictionary)
     where = positions if positions is None or isinstance(positions, str) else tuple(positions)
-    chosen = list(features) if features != "active" else _active(spliced, task, dictionary, source, where)
+    chosen = list(features) if features != "active" else active_features(spliced, task, dictionary, source, where)
     components = [feature(dictionary, int(index)) for index in chosen]
     about: dict[str, Any] = {"dictionary": dictionary.hook_name, "d_sae": dictionary.d_sae}
     if method == "attribution":
@@ -91,14 +91,17 @@ def feature_scores(
     return scores
 
 
-def _active(
+def active_features(
     model: HookedTransformer,
     task: Task,
     dictionary: SparseDictionary,
     source: Source,
     positions: str | tuple[int, ...] | None,
 ) -> list[int]:
-    """Features that the source changes anywhere."""
+    """Features of a dictionary of the model whose source differs from the clean activation at a chosen position.
+
+    No other feature has an effect when it is patched alone. Raises PatchError for a source that does not exist.
+    """
     at = slice(None) if positions is None or isinstance(positions, str) else list(positions)
     changed = torch.zeros(dictionary.d_sae, dtype=torch.bool)
     for _, change in _changes(model, task, dictionary, source):
@@ -147,7 +150,7 @@ def _attribution(
     settings = {
         "method": "attribution",
         "metric": metric,
-        "source": source if isinstance(source, str) else "tensors",
+        "source": source_name(source),
         "task": task.name,
         "model": model.config.name,
         "n_prompts": task.n,

@@ -33,7 +33,7 @@ from subcircuit.engine.patching import Site, Source
 from subcircuit.engine.patching.gradients import ENTRY, Gradients, MetricPass
 from subcircuit.engine.patching.memory import clean_bytes
 from subcircuit.engine.patching.options import check_prompts, default_budget, in_dtype
-from subcircuit.engine.patching.sites import Patch
+from subcircuit.engine.patching.sites import Patch, source_name
 from subcircuit.engine.patching.sources import PromptChunk, Sources
 from subcircuit.engine.rope import rope_frequencies, rope_tables, rotate
 
@@ -77,7 +77,7 @@ def gradient_scores(
     settings = {
         "method": method,
         **({"steps": steps} if method == "ig" else {}),
-        "source": source if isinstance(source, str) else "tensors",
+        "source": source_name(source),
         "precision": precision,
         "task": task.name,
         "model": model.config.name,

@@ -1,4 +1,4 @@
-"""Subnetwork search over nodes: a learned gate on every head and MLP (`gates`), then exact scores.
+"""Subnetwork search over nodes: a learned gate on every head, MLP and feature (`gates`), then exact scores.
 
 A node of gate m has the value m · its own + (1 − m) · its source's. Such masks have found subnetworks since Cao et al.
 2021 (arXiv 2104.03514); circuit probing (Lepori et al. 2023, arXiv 2311.04354) does it for circuits.
@@ -6,7 +6,7 @@ A node of gate m has the value m · its own + (1 − m) · its source's. Such ma
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Unpack
 
 import torch
@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from subcircuit.analysis.circuit import Circuit
-from subcircuit.analysis.faithfulness import Ablation, all_nodes
+from subcircuit.analysis.faithfulness import Ablation
 from subcircuit.analysis.gates import Learning, Masks, learn_gates, near_enough, smallest_prefix
 from subcircuit.analysis.tasks import Task
 from subcircuit.engine.hooks import Hook
@@ -33,14 +33,14 @@ def learn_masks(
     progress: Callable[[int, int], None] | None = None,
     **learning: Unpack[Learning],
 ) -> Masks[Component]:
-    """Gates for nodes (heads and MLPs), learned on a task's prompts as `learn_gates` says.
+    """Gates for nodes (heads, MLPs and features), learned on a task's prompts as `learn_gates` says.
 
     Raises PatchError for an unknown loss or source, or a number that must be positive and is not.
     """
     patches = tuple(Patch(Site(node)) for node in nodes)
 
     def hooks(gates: Tensor, sources: Sources, prompts: PromptChunk) -> list[Hook]:
-        return gated(model, nodes, gates, sources, prompts)
+        return gated(nodes, gates, sources, prompts)
 
     return learn_gates(model, task, nodes, patches, hooks, source=source, progress=progress, **learning)
 
@@ -49,6 +49,7 @@ def mask_circuit(
     model: HookedTransformer,
     task: Task,
     *,
+    nodes: Iterable[Component] | None = None,
     threshold: float = 20.0,
     both_sides: bool = False,
     source: Source = "mean",
@@ -60,13 +61,13 @@ def mask_circuit(
     """The circuit that learned gates lead to: the fewest nodes, in the gates' order, that score 100 − `threshold`.
 
     With `both_sides` the score may not exceed 100 + `threshold` either, which keeps nodes that work against the answer.
-    Scores are exact (`faithfulness.Ablation`), and those of `metric`; an `ablation` made before brings its own. The
-    other options are those of `learn_gates`.
+    Scores are exact (`faithfulness.Ablation`, which says what `nodes` there are), and those of `metric`; an `ablation`
+    made before brings its own of both. The other options are those of `learn_gates`.
 
     Raises PatchError as `learn_masks` does, TaskError when the model does not do the task.
     """
-    ablation = ablation or Ablation(model, task, source=source, metric=metric)
-    masks = learn_masks(model, task, all_nodes(model.config), source=source, progress=progress, **learning)
+    ablation = ablation or Ablation(model, task, nodes=nodes, source=source, metric=metric)
+    masks = learn_masks(model, task, ablation.nodes, source=source, progress=progress, **learning)
     about = {"threshold": threshold, "both_sides": both_sides, **learning}
     return circuit_of_masks(masks, ablation, threshold, both_sides, about)
 
@@ -96,32 +97,28 @@ def circuit_of_masks(
 
 
 def gated(
-    model: HookedTransformer,
-    nodes: Sequence[Component],
-    gates: Float[Tensor, " node"],
-    sources: Sources,
-    prompts: PromptChunk,
+    nodes: Sequence[Component], gates: Float[Tensor, " node"], sources: Sources, prompts: PromptChunk
 ) -> list[Hook]:
     """Hooks that put each node between its own value and its source's."""
     at_hook: dict[str, dict[int, int]] = {}
     for i, node in enumerate(nodes):
         at_hook.setdefault(node.hook_name, {})[node.index] = i
     return [
-        (name, _mixer(model, gates, indices, sources.value(sources.key(None), name, prompts)))
+        (name, _mixer(gates, indices, sources.value(sources.key(None), name, prompts)))
         for name, indices in at_hook.items()
     ]
 
 
-def _mixer(
-    model: HookedTransformer, gates: Tensor, indices: Mapping[int, int], source: Tensor
-) -> Callable[[Tensor, str], Tensor]:
+def _mixer(gates: Tensor, indices: Mapping[int, int], source: Tensor) -> Callable[[Tensor, str], Tensor]:
     def mix(value: Tensor, name: str) -> Tensor:
         if name.endswith("hook_mlp_out"):
             gate = gates[indices[0]]
         else:
-            per_head = gates.new_ones(model.config.n_heads)
+            # Of every head, [prompt, pos, head, d_head], or feature, [prompt, pos, feature].
+            of_each = gates.new_ones(value.shape[2])
             at = torch.tensor(list(indices), device=gates.device)
-            gate = per_head.index_put((at,), gates[list(indices.values())])[:, None]
+            gate = of_each.index_put((at,), gates[list(indices.values())])
+            gate = gate[:, None] if value.ndim == 4 else gate
         return source + gate * (value - source)
 
     return mix

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from subcircuit.analysis.circuit import Circuit
+from subcircuit.analysis.circuit import Circuit, check_no_features
 from subcircuit.analysis.statistics import hypergeometric_pmf, jaccard_mean, tail_p
 from subcircuit.engine.config import ModelConfig
 from subcircuit.engine.errors import PatchError
@@ -79,7 +79,9 @@ def overlap_matrix(circuits: Sequence[Circuit], config: ModelConfig, kind: Kind 
 
 
 def check_circuit(circuit: Circuit, config: ModelConfig) -> None:
-    """Raises PatchError for a node or edge that the model lacks."""
+    """Raises PatchError for a node or edge that the model lacks, and for features, of which a configuration knows
+    nothing: there is no chance level without their number."""
+    check_no_features(circuit, "a comparison with chance")
     for node in circuit.nodes:
         node.check(config)
     for edge in circuit.edges:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from subcircuit.analysis.circuit import Circuit, TraceStep
-from subcircuit.analysis.faithfulness import Ablation, layer_nodes
+from subcircuit.analysis.faithfulness import Ablation
 from subcircuit.analysis.tasks import Task
-from subcircuit.engine.config import ModelConfig
 from subcircuit.engine.errors import PatchError
 from subcircuit.engine.model import HookedTransformer
 from subcircuit.engine.patching import Component, Source
@@ -26,6 +25,7 @@ def prune_nodes(
     model: HookedTransformer,
     task: Task,
     *,
+    nodes: Iterable[Component] | None = None,
     threshold: float = 20.0,
     both_sides: bool = False,
     first: Direction = "backward",
@@ -39,19 +39,21 @@ def prune_nodes(
     ablation: Ablation | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Circuit:
-    """The heads and MLPs that iterative pruning leaves.
+    """The heads and MLPs that iterative pruning leaves, and of a model with dictionaries the features.
 
-    Start from every head and MLP. A backward sweep goes from the last layer down, in each layer the MLP and then the
-    heads; a forward sweep from the first layer up, the heads and then the MLP. A candidate is removed for good if the
-    score of what is left without it stays above 100 − `threshold`. Sweeps alternate until one changes nothing, or
-    `max_sweeps` is reached. That rule lets go of every node that works against the answer, however much the score rises
-    without it; with `both_sides` a node stays as well if the score would exceed 100 + `threshold`.
+    Start from every head and MLP, with features in their place where dictionaries sit, or from the `nodes` given (see
+    `Ablation`). A backward sweep goes from the last layer down, in each layer the MLP and then the heads, or their
+    features, and then those of the residual stream that enters it; a forward sweep from the first layer up, the heads
+    and then the MLP. A candidate is removed for good if the score of what is left without it stays above 100 −
+    `threshold`. Sweeps alternate until one changes nothing, or `max_sweeps` is reached. That rule lets go of every node
+    that works against the answer, however much the score rises without it; with `both_sides` a node stays as well if
+    the score would exceed 100 + `threshold`.
 
     Candidates are evaluated several at a time under a guess of how the ones before them end; a decision is taken only
     when all those guesses were right, so every decision is the one that the sequential rule takes. `progress` is
     called with (candidates decided in this sweep, candidates of this sweep). Scores are those of `metric`, as
     `Ablation` defines them. An `ablation` made before for this model and task saves its clean run; it brings its own
-    source, metric, executor and precision.
+    source, metric, executor, precision and nodes.
 
     Raises PatchError for a bad option, TaskError when the model does not do the task.
     """
@@ -63,6 +65,7 @@ def prune_nodes(
         ablation = Ablation(
             model,
             task,
+            nodes=nodes,
             source=source,
             metric=metric,
             executor=executor,
@@ -72,9 +75,8 @@ def prune_nodes(
     at_once = candidates_per_batch or candidates_at_once(model, task)
     pruning = _Pruning(ablation, threshold, both_sides, at_once, progress)
     pruning.run(first, max_sweeps)
-    return Circuit(
-        heads=[(node.layer, node.index) for node in pruning.kept if node.kind == "z"],
-        mlps=[node.layer for node in pruning.kept if node.kind == "mlp"],
+    return Circuit.of_nodes(
+        pruning.kept,
         model=model.config.name,
         task=task.name,
         method="prune",
@@ -101,8 +103,7 @@ class _Pruning:
     progress: Callable[[int, int], None] | None
 
     def run(self, first: Direction, max_sweeps: int | None) -> None:
-        config = self.ablation.model.config
-        self.kept = [node for layer in range(config.n_layers) for node in layer_nodes(config, layer)]
+        self.kept = list(self.ablation.nodes)
         self.removed: list[Component] = []
         self.score = 100.0
         self.trace: list[TraceStep] = []
@@ -115,7 +116,7 @@ class _Pruning:
 
     def _sweep(self, number: int, direction: Direction) -> bool:
         """One pass over the nodes that are left; whether it removed any."""
-        candidates = _ordered(self.kept, direction, self.ablation.model.config)
+        candidates = _ordered(self.kept, direction)
         n_before, done = len(self.removed), 0
         # Most nodes go in the first sweep and stay in the later ones; after that, the last outcome is the best guess.
         guess = number == 1
@@ -146,15 +147,10 @@ class _Pruning:
             self.score = score_without
 
 
-def _ordered(nodes: Sequence[Component], direction: Direction, config: ModelConfig) -> list[Component]:
-    """Candidates in the order of a sweep."""
-    left = set(nodes)
-    layers = range(config.n_layers)
-    ordered = []
-    for layer in reversed(layers) if direction == "backward" else layers:
-        *heads, mlp = layer_nodes(config, layer)
-        ordered += [mlp, *heads] if direction == "backward" else [*heads, mlp]
-    return [node for node in ordered if node in left]
+def _ordered(nodes: Sequence[Component], direction: Direction) -> list[Component]:
+    """Candidates in the order of a sweep; heads of a layer, or features of a dictionary, always from the first on."""
+    up = -1 if direction == "backward" else 1
+    return sorted(nodes, key=lambda node: (up * node.layer, up * node.stage, node.index))
 
 
 def candidates_at_once(model: HookedTransformer, task: Task) -> int:

@@ -26,9 +26,10 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from subcircuit.analysis.circuit import Circuit
+from subcircuit.analysis.circuit import Circuit, in_order
 from subcircuit.analysis.evaluation import leave_out
-from subcircuit.analysis.faithfulness import Ablation, all_nodes, random_nodes
+from subcircuit.analysis.faithfulness import Ablation
+from subcircuit.analysis.nodes import candidate_nodes, random_nodes
 from subcircuit.analysis.statistics import percentile_interval, rank_correlation, resampled_means
 from subcircuit.analysis.tasks import Task
 from subcircuit.engine.errors import PatchError, TaskError
@@ -153,10 +154,11 @@ def sensitivity(
     source, an empty circuit, or when nothing is left.
     """
     if not circuit.nodes:
-        raise PatchError("a circuit without nodes has no sensitivity; expected at least one head or MLP")
+        raise PatchError("a circuit without nodes has no sensitivity; expected at least one")
     for metric in metrics:
         check_metric(metric)
-    sets = _sets(model, circuit, n_random, seed)
+    nodes = _nodes(model, tasks, sources)
+    sets = _sets(nodes, circuit, n_random, seed)
     kinds = list(itertools.product(tasks, sources, scopes, metrics))
     outcomes: list[Outcome] = []
     notes: list[str] = []
@@ -166,7 +168,8 @@ def sensitivity(
         reason = _impossible(task, source, scope)
         if reason is None:
             try:
-                ablation = Ablation(model, task, metric=metric, source=source, positions=scope_positions(task, scope))
+                where = scope_positions(task, scope)
+                ablation = Ablation(model, task, nodes=nodes, metric=metric, source=source, positions=where)
             except TaskError as error:
                 reason = f"{name}: {error}"
         if reason is None:
@@ -207,12 +210,23 @@ def _impossible(task: Task, source: str, scope: str) -> str | None:
     return None
 
 
-def _sets(model: HookedTransformer, circuit: Circuit, n_random: int, seed: int) -> list[list[Component]]:
+def _nodes(model: HookedTransformer, tasks: Mapping[str, Task], sources: Sequence[str]) -> list[Component]:
+    """What are nodes under any of the conventions; of features, those that any task and source changes."""
+    found = {
+        node
+        for task, source in itertools.product(tasks.values(), sources)
+        if source != "corrupted" or task.corrupted is not None
+        for node in candidate_nodes(model, task, source)
+    }
+    return sorted(found, key=in_order)
+
+
+def _sets(nodes: list[Component], circuit: Circuit, n_random: int, seed: int) -> list[list[Component]]:
     """Everything, nothing, the circuit, the circuit without each node, random circuits."""
-    nodes, rng = circuit.nodes, random.Random(seed)
-    without = [leave_out(nodes, {node}) for node in nodes]
-    draws = [sorted(random_nodes(model.config, circuit, rng, "size")) for _ in range(n_random)]
-    return [all_nodes(model.config), [], nodes, *without, *draws]
+    kept, rng = circuit.nodes, random.Random(seed)
+    without = [leave_out(kept, {node}) for node in kept]
+    draws = [sorted(random_nodes(nodes, circuit, rng, "size")) for _ in range(n_random)]
+    return [nodes, [], kept, *without, *draws]
 
 
 @dataclass(frozen=True)

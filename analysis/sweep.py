@@ -19,7 +19,7 @@ from subcircuit.engine.model import HookedTransformer
 from subcircuit.engine.patching import Component, Effects, Site, Source, patch_effects
 from subcircuit.engine.patching.metric import Metric
 from subcircuit.engine.patching.options import Executor, Precision
-from subcircuit.engine.patching.sites import Kind
+from subcircuit.engine.patching.sites import Kind, source_name
 
 FAMILIES: dict[str, Kind] = {
     "heads": "z",
@@ -228,7 +228,7 @@ def exact_scores(
     settings: dict[str, Any] = {
         "method": "exact patching",
         "metric": metric,
-        "source": source if isinstance(source, str) else "tensors",
+        "source": source_name(source),
         "executor": executor,
         "precision": precision,
         "task": task.name,

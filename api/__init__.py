@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from subcircuit.analysis.heads import HeadRoles, head_roles, shared_roles
     from subcircuit.analysis.lens import Lens, lens
     from subcircuit.analysis.masks import learn_masks, mask_circuit
+    from subcircuit.analysis.nodes import candidate_nodes
     from subcircuit.analysis.overlap import Overlap, overlap
     from subcircuit.analysis.plan import plan
     from subcircuit.analysis.pruning import prune_nodes
@@ -157,6 +158,7 @@ _HOMES = {
         "learn_masks",
         "mask_circuit",
     ),
+    "analysis.nodes": ("candidate_nodes",),
     "analysis.overlap": (
         "Overlap",
         "overlap",
@@ -285,6 +287,7 @@ __all__ = [
     "acdc",
     "align_depths",
     "attribution",
+    "candidate_nodes",
     "cell_q_values",
     "check_effects",
     "circuits_scored",

@@ -9,6 +9,8 @@ from typing import Annotated
 
 import typer
 
+import subcircuit as sc
+
 
 class Precision(StrEnum):
     fp32 = "fp32"
@@ -48,6 +50,19 @@ TaskOption = Annotated[str, typer.Option("--task", "--tasks", "-t", help=f"{TASK
 CircuitOption = Annotated[
     Path | None, typer.Option("--circuit", help="A circuit as JSON; else one is found by pruning first.")
 ]
+DictionariesOption = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--dictionary",
+        "-d",
+        help="A sparse dictionary: its features are nodes, in place of the MLP or heads that it reads. Several may be "
+        "given.",
+    ),
+]
+HooksOption = Annotated[
+    list[str] | None,
+    typer.Option("--hook", help="Where each dictionary sits, in the same order, for files that do not say."),
+]
 NOption = Annotated[int, typer.Option("--n", "-n", min=1, help="Prompts per task.")]
 SeedOption = Annotated[int, typer.Option(help="Of the prompts, and of everything drawn at random.")]
 TemplateOption = Annotated[str, typer.Option(help="done, lost, born, bare, several joined by +, or all that fit.")]
@@ -72,6 +87,18 @@ QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on
 ThresholdOption = Annotated[float, typer.Option(help="Points of score that the circuit may lose.")]
 FirstOption = Annotated[Direction, typer.Option(help="Direction of the first pruning sweep.")]
 MaxSweepsOption = Annotated[int | None, typer.Option(min=1, help="At most so many pruning sweeps.")]
+
+
+def with_dictionaries(
+    model: sc.HookedTransformer, files: list[Path] | None, hooks: list[str] | None
+) -> sc.HookedTransformer:
+    """The model with the dictionaries of these files, and without any the model itself."""
+    if hooks and len(hooks) != len(files or ()):
+        raise typer.BadParameter(
+            f"--hook is given {len(hooks)} times and --dictionary {len(files or ())} times; expected as often, or never"
+        )
+    read = [sc.load_dictionary(file, hook=hooks[i] if hooks else None) for i, file in enumerate(files or ())]
+    return model.with_dictionaries(*read) if read else model
 
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}

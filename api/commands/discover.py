@@ -11,10 +11,12 @@ import subcircuit as sc
 from subcircuit.console import progress_bars
 from subcircuit.options import (
     DeviceOption,
+    DictionariesOption,
     Direction,
     DtypeOption,
     Executor,
     FilterOption,
+    HooksOption,
     JsonOption,
     Metric,
     ModelOption,
@@ -24,6 +26,7 @@ from subcircuit.options import (
     SeedOption,
     TaskOption,
     TemplateOption,
+    with_dictionaries,
 )
 
 
@@ -37,6 +40,8 @@ def discover(
             "edge-masks."
         ),
     ] = "prune",
+    dictionaries: DictionariesOption = None,
+    hooks: HooksOption = None,
     n: NOption = 32,
     seed: SeedOption = 0,
     template: TemplateOption = "all",
@@ -79,7 +84,7 @@ def discover(
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Find the circuit of one task: heads and MLPs, or edges."""
+    """Find the circuit of one task: heads, MLPs and features of dictionaries, or edges."""
     from subcircuit.analysis.circuit_figure import circuit_text
     from subcircuit.analysis.store import write_whole
     from subcircuit.engine.threads import suitable_threads
@@ -97,7 +102,9 @@ def discover(
         steps=steps,
         seed=seed if method in ("masks", "edge-masks") else None,
     )
-    loaded = sc.load(model, dtype=dtype, device=device)
+    if edges and dictionaries:
+        raise typer.BadParameter("--edges leads between heads and MLPs; expected no --dictionary with it")
+    loaded = with_dictionaries(sc.load(model, dtype=dtype, device=device), dictionaries, hooks)
     prompts = sc.task(task, loaded, n=n, seed=seed, template=template, filter=only_answered)
     with progress_bars(quiet) as progress, suitable_threads(loaded):
         circuit = sc.discover(

@@ -13,8 +13,10 @@ from subcircuit.console import new_table, out, progress_bars
 from subcircuit.options import (
     CircuitOption,
     DeviceOption,
+    DictionariesOption,
     DtypeOption,
     FilterOption,
+    HooksOption,
     JsonOption,
     Metric,
     MetricOption,
@@ -25,6 +27,7 @@ from subcircuit.options import (
     SourceOption,
     TaskOption,
     TemplateOption,
+    with_dictionaries,
 )
 
 if TYPE_CHECKING:
@@ -37,6 +40,8 @@ def faithfulness(
     model: ModelOption,
     task: TaskOption,
     circuit_file: CircuitOption = None,
+    dictionaries: DictionariesOption = None,
+    hooks: HooksOption = None,
     n: NOption = 32,
     seed: SeedOption = 0,
     template: TemplateOption = "all",
@@ -60,14 +65,14 @@ def faithfulness(
     from subcircuit.engine.threads import suitable_threads
 
     circuit = None if circuit_file is None else sc.Circuit.load(circuit_file)
-    loaded = sc.load(model, dtype=dtype, device=device)
+    loaded = with_dictionaries(sc.load(model, dtype=dtype, device=device), dictionaries, hooks)
     prompts = sc.task(task, loaded, n=n, seed=seed, template=template, filter=only_answered)
     with progress_bars(quiet) as progress, suitable_threads(loaded):
         ablation = sc.Ablation(loaded, prompts, metric=metric.value, source=source)
         if circuit is None:
             circuit = sc.discover(loaded, prompts, progress=lambda done, total: progress("pruning", done, total))
         found = evaluate_circuit(ablation, circuit, n_knockouts=n_knockouts, greedy=greedy, seed=seed)
-        scores = sc.sweep(loaded, prompts, "heads+mlps", source=source, metric=metric.value)
+        scores = sc.sweep(loaded, prompts, ablation.nodes, source=source, metric=metric.value)
         curve = node_curve(ablation, node_ranking(scores), seed=seed)
         baseline = None
         if n_random:

@@ -12,8 +12,10 @@ from subcircuit.console import new_table, out, progress_bars
 from subcircuit.options import (
     CircuitOption,
     DeviceOption,
+    DictionariesOption,
     DtypeOption,
     FilterOption,
+    HooksOption,
     JsonOption,
     ModelOption,
     NOption,
@@ -22,6 +24,7 @@ from subcircuit.options import (
     TaskOption,
     TemplateOption,
     ThresholdOption,
+    with_dictionaries,
 )
 
 if TYPE_CHECKING:
@@ -33,6 +36,8 @@ def sensitivity(
     model: ModelOption,
     task: TaskOption,
     circuit_file: CircuitOption = None,
+    dictionaries: DictionariesOption = None,
+    hooks: HooksOption = None,
     n: NOption = 32,
     seed: SeedOption = 0,
     n_seeds: Annotated[int, typer.Option("--seeds", min=1, help="Draws of prompts: this seed and the next ones.")] = 2,
@@ -57,7 +62,7 @@ def sensitivity(
     from subcircuit.engine.threads import suitable_threads
 
     circuit = None if circuit_file is None else sc.Circuit.load(circuit_file)
-    loaded = sc.load(model, dtype=dtype, device=device)
+    loaded = with_dictionaries(sc.load(model, dtype=dtype, device=device), dictionaries, hooks)
     draws = {
         f"seed {each}": sc.task(task, loaded, n=n, seed=each, template=template, filter=only_answered)
         for each in range(seed, seed + n_seeds)
@@ -102,7 +107,7 @@ def _print(found: Sensitivity) -> None:
         table.add_row(*names, f"{outcome.at_stake:.2f}", *_points(outcome), *verdicts)
     out.print(table)
     out.print("\nBeside yes and no: in how many of the bootstrap resamples of the prompts it holds.")
-    out.print("At stake: what ablating every head and MLP takes from the metric.\n")
+    out.print("At stake: what ablating every node takes from the metric.\n")
     counts = new_table("holds under", *CONCLUSIONS)
     counts.add_row("all conventions", *map(_count, found.survival().values()))
     for choice in CHOICES:

@@ -177,6 +177,11 @@ Source = str | Mapping[str, Tensor]
 point's value with a prompt axis of the data set's size or 1."""
 
 
+def source_name(source: Source) -> str:
+    """What a result's settings call a source."""
+    return source if isinstance(source, str) else "tensors"
+
+
 @dataclass(frozen=True)
 class Patch:
     """A site and what is put there; source None means the sweep's own source."""

@@ -11,7 +11,8 @@ from circuit_cases import random_circuit
 from patching_cases import CONFIGS, random_model, task_for
 from subcircuit.analysis import metrics
 from subcircuit.analysis.circuit import Circuit
-from subcircuit.analysis.faithfulness import Ablation, all_nodes, random_circuits
+from subcircuit.analysis.faithfulness import Ablation, random_circuits
+from subcircuit.analysis.nodes import all_nodes
 from subcircuit.engine.errors import PatchError
 
 SEED = random.randrange(10**6)

@@ -49,6 +49,36 @@ def test_json_reads_back_whole(tmp_path):
     assert Circuit.load(tmp_path / "c.json") == circuit
 
 
+def test_features_are_nodes_like_heads_and_mlps():
+    circuit = Circuit.of_nodes(["m3.f17", "a4.h4", "r4.f2", "a4.f5", "m3.f17", "m2"], task="months")
+    assert [str(node) for node in circuit.nodes] == ["m2", "m3.f17", "r4.f2", "a4.h4", "a4.f5"]
+    assert len(circuit) == 5
+    assert str(circuit) == "1 heads (4.4), 1 MLPs (2), 3 features (m3.f17 r4.f2 a4.f5)"
+    other = Circuit(heads=[(4, 4)], mlps=[], features=["m3.f17", "m3.f1"])
+    assert (circuit & other).nodes == Circuit.of_nodes(["m3.f17", "a4.h4"]).nodes
+    assert len(circuit | other) == 6
+    assert [str(part) for part in (circuit - other).features] == ["r4.f2", "a4.f5"]
+    assert circuit.jaccard(other) == 2 / 6
+    assert circuit.jaccard(other, "features") == 1 / 4
+    assert all(f'"{part}";' in circuit.to_dot() for part in circuit.features)
+    for bad in ("m3", "a4.h4", 17):
+        with pytest.raises(PatchError, match="is not understood; expected components such as m3.f17"):
+            Circuit([], [], features=[bad])
+
+
+def test_files_with_features_are_of_the_second_schema_and_others_of_the_first():
+    circuit = Circuit.of_nodes(["m3.f17", "a4.h4", "r4.f2"])
+    assert Circuit.from_json(circuit.to_json()) == circuit
+    assert circuit.to_dict()["schema"] == 2
+    assert circuit.to_dict()["features"] == ["m3.f17", "r4.f2"]
+    old = A.to_dict()
+    assert old.pop("features") == []
+    assert old["schema"] == 1
+    assert Circuit.from_dict(old) == A
+    with pytest.raises(StoreError, match="malformed field: feature"):
+        Circuit.from_dict(circuit.to_dict() | {"features": ["m3"]})
+
+
 @pytest.mark.parametrize(
     ("heads", "mlps", "words"),
     [

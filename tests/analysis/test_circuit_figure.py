@@ -47,6 +47,12 @@ def test_the_diagram_shows_every_node_and_edge(config):
     assert {colour for colour, _, _ in drawn} == {colour.upper() for colour in COLOURS.values()}
 
 
+def test_features_of_a_dictionary_are_one_box():
+    features = ["r1.f3", "r1.f5", "a1.f0", "m1.f10", "m1.f20", "m1.f3"]
+    svg = circuit_figure(Circuit([(0, 1)], [0], features=features), "t")
+    assert all(f">{text}<" in svg for text in ("2 × r1.f", "1 × a1.f", "3 × m1.f", "0.1", "MLP 0"))
+
+
 def test_width_follows_the_score_and_dashes_its_sign():
     edges = (("a0.h1", "a2.q2"), ("a0.h1", "logits"), ("m0", "m2"))
     circuit = replace(NODES, edges=edges, edge_scores=dict(zip(edges, (8.0, -4.0, 1.0), strict=True)))

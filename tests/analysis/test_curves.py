@@ -10,7 +10,8 @@ import torch
 from circuit_cases import reference_ablation
 from patching_cases import CONFIGS, random_model, task_for
 from subcircuit.analysis.curves import SHARES, faithfulness_curve, node_curve, node_ranking, sized
-from subcircuit.analysis.faithfulness import Ablation, all_nodes
+from subcircuit.analysis.faithfulness import Ablation
+from subcircuit.analysis.nodes import all_nodes
 from subcircuit.analysis.sweep import sweep
 from subcircuit.engine.errors import PatchError
 

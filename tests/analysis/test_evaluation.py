@@ -23,7 +23,8 @@ from subcircuit.analysis.evaluation import (
     leave_out,
     random_parts,
 )
-from subcircuit.analysis.faithfulness import Ablation, all_nodes, node_drops, random_circuits
+from subcircuit.analysis.faithfulness import Ablation, node_drops, random_circuits
+from subcircuit.analysis.nodes import all_nodes
 from subcircuit.analysis.statistics import benjamini_hochberg, sign_flip_p
 from subcircuit.analysis.sweep import sweep
 from subcircuit.engine.errors import PatchError

@@ -8,9 +8,10 @@ from torch import Tensor
 
 import subcircuit as sc
 from patching_cases import CONFIGS, random_model, random_task
-from subcircuit.analysis.faithfulness import Ablation, all_nodes
+from subcircuit.analysis.faithfulness import Ablation
 from subcircuit.analysis.gates import open_probability, sampled
 from subcircuit.analysis.masks import gated, learn_masks, mask_circuit
+from subcircuit.analysis.nodes import all_nodes
 from subcircuit.analysis.tasks import Task
 from subcircuit.engine.errors import PatchError
 from subcircuit.engine.model import HookedTransformer
@@ -21,7 +22,7 @@ from subcircuit.engine.patching.sources import Sources
 def logits_with_gates(model: HookedTransformer, task: Task, gates: Tensor, source: str) -> Tensor:
     nodes = all_nodes(model.config)
     sources = Sources(model, task, [tuple(Patch(Site(node)) for node in nodes)], source, task.n)
-    hooks = gated(model, nodes, gates, sources, torch.arange(task.n))
+    hooks = gated(nodes, gates, sources, torch.arange(task.n))
     return model.run_with_hooks(task.clean, hooks)[:, -1]
 
 

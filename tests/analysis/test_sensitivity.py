@@ -13,7 +13,7 @@ from circuit_cases import random_circuit, reference_ablation
 from patching_cases import CONFIGS, random_model, task_for
 from subcircuit.analysis.circuit import Circuit
 from subcircuit.analysis.evaluation import leave_out
-from subcircuit.analysis.faithfulness import all_nodes, random_nodes
+from subcircuit.analysis.nodes import all_nodes, random_nodes
 from subcircuit.analysis.sensitivity import CONCLUSIONS, RANK_AGREES, scope_positions, sensitivity
 from subcircuit.analysis.statistics import rank_correlation
 from subcircuit.engine.errors import PatchError
@@ -38,7 +38,7 @@ def test_every_convention_is_what_single_forwards_give(case):
     assert len(found.notes) == (not answers_some)
     everything, nodes = all_nodes(model.config), circuit.nodes
     rng = random.Random(SEED)
-    draws = [random_nodes(model.config, circuit, rng, "size") for _ in range(3)]
+    draws = [random_nodes(all_nodes(model.config), circuit, rng, "size") for _ in range(3)]
     first = None
     for outcome in found.outcomes:
         convention = outcome.convention

@@ -6,6 +6,8 @@ import json
 
 import pytest
 
+from subcircuit.analysis.circuit import Circuit
+
 HOOK = "blocks.2.hook_resid_pre"
 
 
@@ -43,6 +45,37 @@ def test_a_trained_dictionary_is_scored_and_shown_with_its_tokens(run, trained):
     status, out, _ = run(*command, "--json", "--features", name.split(".f")[1])
     assert [row["site"] for row in json.loads(out)["features"]] == [name]
     assert json.loads(out)["features"][0]["effect"] == pytest.approx(both[0][name], rel=1e-3, abs=1e-4)
+
+
+def test_features_are_nodes_of_circuits_and_these_need_the_dictionary(run, trained, tmp_path):
+    task = ("--model", "tiny-gpt2", "--task", "months", "--n", 4, "--quiet")
+    file = tmp_path / "c.json"
+    status, out, err = run("discover", *task, "--dictionary", trained, "--out", file)
+    assert (status, err) == (0, "")
+    circuit = Circuit.load(file)
+    assert out.strip() == str(circuit)
+    assert circuit.features
+    assert circuit.settings["dictionaries"] == {HOOK: 64}
+    judge = ("faithfulness", *task, "--circuit", file, "--random", 3, "--knockouts", 1, "--greedy", 0, "--json")
+    status, out, _ = run(*judge, "-d", trained)
+    assert status == 0
+    found = json.loads(out)
+    assert found["score"][0] == pytest.approx(circuit.score, abs=0.01)
+    assert set(found["drops"]) == set(map(str, circuit.nodes))
+    for arguments, words in [
+        (judge, f"no dictionary is known at '{HOOK}'"),
+        ((*judge, "-d", trained, "--hook", HOOK, "--hook", HOOK), "--hook is given 2 times and --dictionary 1 times"),
+        (("sensitivity", *task, "--circuit", file, "--seeds", 1), "no dictionary is known"),
+        (("compare", file, file), "given twice"),
+        (("discover", *task, "-d", trained, "--method", "acdc"), "finds edges between heads and MLPs"),
+        (("discover", *task, "-d", trained, "--edges"), "expected no --dictionary"),
+    ]:
+        status, out, err = run(*arguments)
+        assert (status, out) == (2, "")
+        assert words in err
+        assert err.count("\n") == 1
+    Circuit([(0, 1)], [0], model="tiny-gpt2").save(tmp_path / "other.json")
+    assert "has features (such as r2.f" in run("compare", file, tmp_path / "other.json")[2]
 
 
 def test_bad_input_is_one_line_and_status_2(run, trained, tmp_path):
