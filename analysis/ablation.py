@@ -14,7 +14,7 @@ from subcircuit.engine.errors import TaskError
 from subcircuit.engine.model import HookedTransformer
 from subcircuit.engine.patching import Effects, Source
 from subcircuit.engine.patching.metric import Metric
-from subcircuit.engine.patching.session import Executor, Precision
+from subcircuit.engine.patching.options import Executor, Precision
 from subcircuit.engine.patching.sites import source_name
 
 Item = TypeVar("Item", bound=Hashable)

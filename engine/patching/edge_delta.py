@@ -127,7 +127,7 @@ class EdgeRun(DeltaRun):
         for layer in range(start, self.config.n_layers):
             resid = self._layer(layer, resid, patches, first, changes).resid_post
             if layer == start and resid is not None:
-                _note(changes, range(changes.n_sets), resid, self._clean_entering(layer + 1))
+                _note(changes, range(changes.n_sets), resid, self._clean_entering(layer + 1, first, (resid, None)))
         final = None if resid is None else resid[:, :, -1:]
         final = _with_own(final, LOGITS, 1, self.final[:, None], changes)
         return self.leave(Rows([()] * changes.n_sets, Patches({}, {}), (final, None), self.config.n_layers, first))
