@@ -75,7 +75,8 @@ class Ablation:
       100.
 
     The default source is the per-position mean over the corrupted prompts, measured in the unablated model (as Lan et
-    al. do). The clean run is shared by all calls, and what is removed for every row is propagated once.
+    al. do). The clean run is shared by all calls, and what is removed for every row is propagated once. `also` are
+    other metrics to be read from the same rows (`values_by_metric`); scores are those of `metric`.
 
     Raises TaskError when the full model does not prefer the answers (by `accuracy`: gives none), so that there is
     nothing to recover, and PatchError for a metric that does not exist.
@@ -91,9 +92,11 @@ class Ablation:
         executor: Executor = "torch",
         precision: Precision = "fp32",
         metric: Metric = "logit_difference",
+        also: Sequence[Metric] = (),
         budget_bytes: int | None = None,
     ) -> None:
         self.model, self.task, self.metric, self._positions = model, task, metric, positions
+        self._metrics = tuple(dict.fromkeys((metric, *also)))
         self.settings = {
             "source": source if isinstance(source, str) else "tensors",
             "executor": executor,
@@ -110,18 +113,27 @@ class Ablation:
                 precision=precision,
                 budget_bytes=budget_bytes,
                 executor=executor,
-                metric=metric,
+                metric=self._metrics,
             )
             self._session.prepare([self._patches(all_nodes(model.config))])
-        self.clean: Float[Tensor, "prompt"] = self._effects([()], ()).clean_metric.double().cpu()
+        clean = self._effects([()], ()).clean_metric.double().cpu().unbind(-1)
+        self.clean_by_metric: dict[Metric, Float[Tensor, "prompt"]] = dict(zip(self._metrics, clean, strict=True))
+        self.clean = self.clean_by_metric[metric]
         self.full = full_metric(self.clean, task, metric)
 
     def values(
         self, removed: Sequence[Iterable[Component]], base: Iterable[Component] = ()
     ) -> Float[Tensor, "set prompt"]:
         """Metric of each prompt for each set of removed nodes, on top of the nodes of `base`; float64, on the CPU."""
+        return self.values_by_metric(removed, base)[self.metric]
+
+    def values_by_metric(
+        self, removed: Sequence[Iterable[Component]], base: Iterable[Component] = ()
+    ) -> dict[Metric, Float[Tensor, "set prompt"]]:
+        """The same for `metric` and each of `also`, all of them from the same rows."""
         effects = self._effects([self._patches(nodes) for nodes in removed], self._patches(base)).effects
-        return self.clean + effects.double().cpu()
+        each = zip(self.clean_by_metric.items(), effects.double().cpu().unbind(-1), strict=True)
+        return {metric: clean + changes for (metric, clean), changes in each}
 
     def kept_values(self, kept: Sequence[Collection[Component]]) -> Float[Tensor, "set prompt"]:
         """Metric of each prompt when only the nodes of each set are kept. What no set keeps is propagated once."""
@@ -160,7 +172,7 @@ class Ablation:
             source=self._source,
             executor=self._executor,
             precision=self._precision,
-            metric=self.metric,
+            metric=self._metrics,
             budget_bytes=self._budget_bytes,
         )
 

@@ -2,8 +2,8 @@
 
 The same circuit under every combination of conventions: what ablated nodes get (source), what is measured (metric), at
 which positions they are ablated (scope), on which prompts (tasks drawn with other seeds, and bootstrap resamples of
-each). Published findings have turned on such choices (Miller et al. 2024, arXiv 2407.08734), so each conclusion is a
-predicate that either holds under a convention or does not:
+each). All metrics are read from the same rows. Published findings have turned on such choices (Miller et al. 2024,
+arXiv 2407.08734), so each conclusion is a predicate that either holds under a convention or does not:
 
     recovers      the circuit recovers at least 100 − T points
     beats random  it recovers more than every random circuit of its size
@@ -27,14 +27,14 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from subcircuit.analysis.circuit import Circuit
-from subcircuit.analysis.evaluation import leave_out
-from subcircuit.analysis.faithfulness import Ablation, all_nodes, random_nodes
+from subcircuit.analysis.faithfulness import Ablation, full_metric, random_nodes, share_left
 from subcircuit.analysis.statistics import percentile_interval, rank_correlation, resampled_means
 from subcircuit.analysis.tasks import Task
 from subcircuit.engine.errors import PatchError, TaskError
 from subcircuit.engine.model import HookedTransformer
 from subcircuit.engine.patching import Component
 from subcircuit.engine.patching.metric import METRICS, Metric, check_metric
+from subcircuit.engine.patching.session import Executor, Precision
 
 SOURCES = ("mean", "corrupted", "zero")
 SCOPES = ("all", "from_difference", "members", "last")
@@ -139,6 +139,8 @@ def sensitivity(
     n_random: int = 100,
     n_resamples: int = 1000,
     seed: int = 0,
+    executor: Executor = "torch",
+    precision: Precision = "fp32",
     progress: Callable[[int, int], None] | None = None,
 ) -> Sensitivity:
     """A circuit under every source × metric × scope × task.
@@ -146,7 +148,7 @@ def sensitivity(
     `tasks` are the same task on several draws of prompts, by what to call them. `scopes` are `all`, `from_difference`
     (from the first position on at which clean and corrupted prompts differ) or names of the task's classes of
     positions, such as `members` and `last`. The first of each makes the convention that rankings are compared with.
-    The same random circuits are used everywhere.
+    The same random circuits are used everywhere. `progress` counts conventions.
 
     What cannot be measured is left out with a note: a scope that a task does not have, the source `corrupted` without
     corrupted prompts, a metric by which the full model does not do the task. Raises PatchError for an unknown metric or
@@ -157,27 +159,31 @@ def sensitivity(
     for metric in metrics:
         check_metric(metric)
     sets = _sets(model, circuit, n_random, seed)
-    kinds = list(itertools.product(tasks, sources, scopes, metrics))
+    rows = list(itertools.product(tasks, sources, scopes))
+    options: dict[str, Any] = {"executor": executor, "precision": precision}
     outcomes: list[Outcome] = []
     notes: list[str] = []
     first_drops: Tensor | None = None
-    for done, (name, source, scope, metric) in enumerate(kinds, 1):
-        task, convention = tasks[name], Convention(source, metric, scope, name)
-        reason = _impossible(task, source, scope)
+    for done, (name, source, scope) in enumerate(rows, 1):
+        task, reason = tasks[name], _impossible(tasks[name], source, scope)
+        values: dict[Metric, Tensor] = {}
         if reason is None:
-            try:
-                ablation = Ablation(model, task, metric=metric, source=source, positions=scope_positions(task, scope))
-            except TaskError as error:
-                reason = f"{name}: {error}"
-        if reason is None:
-            measured = _Measured.of(ablation, sets, circuit, n_resamples, seed)
+            positions = scope_positions(task, scope)
+            # KL asks nothing of the full model, so it can be measured where another metric cannot.
+            ablation = Ablation(model, task, source=source, positions=positions, metric="kl", also=metrics, **options)
+            values, impossible = sets.values(ablation, metrics)
+            notes += [f"{name}: {why}" for why in impossible]
+        else:
+            notes.append(reason)
+        for metric in values:
+            measured = _Measured.of(values[metric], metric, len(circuit), n_resamples, seed)
             if first_drops is None and measured.concludes:
                 first_drops = measured.drops[:, 0]
+            convention = Convention(source, metric, scope, name)
             outcomes.append(measured.outcome(convention, circuit, threshold, first_drops))
-        elif reason not in notes:
-            notes.append(reason)
         if progress is not None:
-            progress(done, len(kinds))
+            progress(done * len(metrics), len(rows) * len(metrics))
+    notes = list(dict.fromkeys(notes))
     if not outcomes:
         raise PatchError(f"no convention is left to measure the circuit under: {'; '.join(notes) or 'none given'}")
     return Sensitivity(circuit, tuple(outcomes), threshold, n_random, tuple(notes))
@@ -207,12 +213,43 @@ def _impossible(task: Task, source: str, scope: str) -> str | None:
     return None
 
 
-def _sets(model: HookedTransformer, circuit: Circuit, n_random: int, seed: int) -> list[list[Component]]:
-    """Everything, nothing, the circuit, the circuit without each node, random circuits."""
-    nodes, rng = circuit.nodes, random.Random(seed)
-    without = [leave_out(nodes, {node}) for node in nodes]
+@dataclass(frozen=True)
+class _Sets:
+    """What is kept in the rows of a convention."""
+
+    nodes: list[Component]
+    """Those of the circuit."""
+    draws: list[list[Component]]
+    """Random circuits."""
+
+    def values(
+        self, ablation: Ablation, metrics: Sequence[Metric]
+    ) -> tuple[dict[Metric, Float[Tensor, "set prompt"]], list[str]]:
+        """Each metric with everything kept, nothing, the circuit, the circuit without each node, random circuits.
+
+        Also why a metric is left out: the full model does not do the task by it.
+        """
+        measurable: list[Metric] = []
+        reasons: list[str] = []
+        for metric in metrics:
+            try:
+                full_metric(ablation.clean_by_metric[metric], ablation.task, metric)
+                measurable.append(metric)
+            except TaskError as error:
+                reasons.append(str(error))
+        parts = [
+            ablation.values_by_metric([(), ablation.complement(set())]),
+            # What the circuit lacks is removed once: without a node too, only the layers from it on are computed.
+            ablation.values_by_metric([(), *([node] for node in self.nodes)], ablation.complement(set(self.nodes))),
+            ablation.values_by_metric([ablation.complement(set(draw)) for draw in self.draws]),
+        ]
+        return {metric: torch.cat([part[metric] for part in parts]) for metric in measurable}, reasons
+
+
+def _sets(model: HookedTransformer, circuit: Circuit, n_random: int, seed: int) -> _Sets:
+    rng = random.Random(seed)
     draws = [sorted(random_nodes(model.config, circuit, rng, "size")) for _ in range(n_random)]
-    return [all_nodes(model.config), [], nodes, *without, *draws]
+    return _Sets(circuit.nodes, draws)
 
 
 @dataclass(frozen=True)
@@ -229,20 +266,21 @@ class _Measured:
 
     @classmethod
     def of(
-        cls, ablation: Ablation, sets: Sequence[Sequence[Component]], circuit: Circuit, n_resamples: int, seed: int
+        cls, values: Float[Tensor, "set prompt"], metric: Metric, n_nodes: int, n_resamples: int, seed: int
     ) -> _Measured:
-        values = ablation.kept_values(sets)
-        means = torch.cat(
-            [values.mean(1, keepdim=True), resampled_means(values, n_resamples=n_resamples, seed=seed)], 1
-        )
+        """From the values of `_Sets`, of a circuit of so many nodes."""
+        drawn = resampled_means(values, n_resamples=n_resamples, seed=seed)
+        means = torch.cat([values.mean(1, keepdim=True), drawn], 1)
         full, nothing, kept = means[:3]
         points = 100 * (means[2:] - nothing) / (full - nothing)
-        # KL counts what is lost: the full model has least of it.
-        usable = nothing > full if ablation.metric == "kl" else full > nothing
-        score = float(100 * ablation.share(kept[0], full[0]))
-        n = len(circuit)
         return cls(
-            score, float(full[0] - nothing[0]), usable, points[0], points[0] - points[1 : n + 1], points[n + 1 :]
+            score=float(100 * share_left(metric, kept[0], full[0])),
+            at_stake=float(full[0] - nothing[0]),
+            # KL counts what is lost: the full model has least of it.
+            usable=nothing > full if metric == "kl" else full > nothing,
+            recovered=points[0],
+            drops=points[0] - points[1 : n_nodes + 1],
+            random=points[n_nodes + 1 :],
         )
 
     @property

@@ -18,7 +18,7 @@ from subcircuit.engine.model import HookedTransformer
 from subcircuit.engine.patching.compile import Masks, compile_masks
 from subcircuit.engine.patching.delta import DeltaRun, Departures, LayerWeights
 from subcircuit.engine.patching.memory import Layout, Sizes, clean_bytes, fits, halves
-from subcircuit.engine.patching.metric import Metric, check_metric
+from subcircuit.engine.patching.metric import Metrics, check_metric, metric_shape
 from subcircuit.engine.patching.plan import Chunk, Start, plan_chunks, start_of
 from subcircuit.engine.patching.reference import Progress, patched_metric, reference_effects
 from subcircuit.engine.patching.sites import Patch, PatchSet, Site, Source, as_patch_set
@@ -45,9 +45,10 @@ LARGE_SHRINKAGE = 10
 class Effects:
     """What patch sets did to the metric of each prompt."""
 
-    effects: Float[Tensor, "set prompt"]
-    """metric(patched row) − metric(clean run of that prompt), of the prediction after the last position."""
-    clean_metric: Float[Tensor, "prompt"]
+    effects: Float[Tensor, "set prompt *metric"]
+    """metric(patched row) − metric(clean run of that prompt), of the prediction after the last position. Where several
+    metrics were asked for, a last dimension has them in their order."""
+    clean_metric: Float[Tensor, "prompt *metric"]
     n_precise: int = 0
     """Rows whose δ was too large for products in bfloat16, and which were computed in float32 instead."""
     n_full: int = 0
@@ -89,7 +90,7 @@ class DeltaSession:
     activations are kept for as many prompts as `budget_bytes` holds beside the rows in work (`default_budget` if None);
     with more prompts than that, each call runs the clean prompts anew, chunk by chunk. Prompts that start to differ
     from their corrupted twins at different positions are run apart where that saves more than it costs. `metric` is one
-    of `engine.patching.metric`.
+    of `engine.patching.metric`, or a tuple of them to be read from the same rows.
 
     Where memory runs out all the same, the chunk in work is cut in two and run again.
 
@@ -107,7 +108,7 @@ class DeltaSession:
         source: Source = "corrupted",
         executor: DeltaExecutor = "torch",
         precision: Precision = "fp32",
-        metric: Metric = "logit_difference",
+        metric: Metrics = "logit_difference",
         budget_bytes: int | None = None,
     ) -> None:
         check_prompts(model, prompts)
@@ -211,8 +212,9 @@ class DeltaSession:
         sets = [as_patch_set(patch_set) for patch_set in patch_sets]
         self.check([*sets, base])
         self.prepare([*sets, base])
-        effects = torch.zeros(len(sets), self.n_prompts, dtype=self.model.dtype, device=self.model.device)
-        clean_metric = torch.empty(self.n_prompts, dtype=self.model.dtype, device=self.model.device)
+        shape = metric_shape(self.n_prompts, self.metric)
+        effects = torch.zeros(len(sets), *shape, dtype=self.model.dtype, device=self.model.device)
+        clean_metric = torch.empty(shape, dtype=self.model.dtype, device=self.model.device)
         n_done, n_rows, n_halvings = 0, len(sets) * self.n_prompts, self._n_halvings
         repeated = {}
 
@@ -239,8 +241,8 @@ class DeltaSession:
         prompts: PromptChunk,
         sets: Sequence[PatchSet],
         base: PatchSet,
-        effects: Float[Tensor, "set prompt"],
-        clean_metric: Float[Tensor, "prompt"],
+        effects: Float[Tensor, "set prompt *metric"],
+        clean_metric: Float[Tensor, "prompt *metric"],
         count: Callable[[int], None],
     ) -> tuple[int, int]:
         """Effects on one chunk of prompts, into their places; how many rows were repeated in float32 and in full."""
@@ -279,7 +281,7 @@ class DeltaSession:
         sets: Sequence[PatchSet],
         starts: Sequence[Start],
         chosen: Sequence[int],
-        effects: Float[Tensor, "set prompt"],
+        effects: Float[Tensor, "set prompt *metric"],
         departures: Departures | None = None,
         count: Callable[[int], None] | None = None,
     ) -> None:
@@ -305,7 +307,7 @@ class DeltaSession:
         run: DeltaRun,
         sets: Sequence[PatchSet],
         chunk: Chunk,
-        effects: Float[Tensor, "set prompt"],
+        effects: Float[Tensor, "set prompt *metric"],
         departures: Departures | None,
     ) -> None:
         indices = list(chunk.sets)
@@ -331,7 +333,11 @@ class DeltaSession:
         return precise.nonzero()[:, 0].tolist(), full.nonzero()[:, 0].tolist()
 
     def _repeat_fully(
-        self, run: DeltaRun, sets: Sequence[PatchSet], chosen: Sequence[int], effects: Float[Tensor, "set prompt"]
+        self,
+        run: DeltaRun,
+        sets: Sequence[PatchSet],
+        chosen: Sequence[int],
+        effects: Float[Tensor, "set prompt *metric"],
     ) -> None:
         for i in chosen:
             inputs = self.model, self.prompts, run.chunk, sets[i], self._sources
@@ -408,14 +414,15 @@ def patch_effects(
     source: Source = "corrupted",
     executor: Executor = "torch",
     precision: Precision = "fp32",
-    metric: Metric = "logit_difference",
+    metric: Metrics = "logit_difference",
     budget_bytes: int | None = None,
     progress: Progress | None = None,
 ) -> Effects:
     """Effects of patch sets on every prompt: `[set, prompt]`, metric(patched row) − metric(clean run).
 
     `metric` is `logit_difference`, `log_probability` (of the answers, in nats), `kl` (of the row's prediction from the
-    clean run's, in nats) or `accuracy`; `engine.patching.metric` defines them.
+    clean run's, in nats) or `accuracy`; `engine.patching.metric` defines them. A tuple of them gives
+    `[set, prompt, metric]`, all read from the same rows.
 
     Executors: `reference` runs one full forward with hooks per patch set in the given precision; `torch` propagates δ
     only, `triton` the same with fused kernels on a GPU. `budget_bytes` is what they may take beside the weights.
