@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
@@ -120,6 +121,12 @@ class Ablation:
         self.clean_by_metric: dict[Metric, Float[Tensor, "prompt"]] = dict(zip(self._metrics, clean, strict=True))
         self.clean = self.clean_by_metric[metric]
         self.full = full_metric(self.clean, task, metric)
+
+    def at(self, positions: tuple[int, ...] | None) -> Ablation:
+        """The same at other positions, None for all of them, with the clean run shared."""
+        other = copy.copy(self)
+        other._positions = positions
+        return other
 
     def values(
         self, removed: Sequence[Iterable[Component]], base: Iterable[Component] = ()

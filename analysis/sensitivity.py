@@ -108,6 +108,30 @@ class Sensitivity:
         """Conclusions that hold under every convention that allows one."""
         return [name for name, (n_hold, n_all) in self.survival().items() if n_all and n_hold == n_all]
 
+    def weakest(self, conclusion: str) -> tuple[str, str, int, int] | None:
+        """The choice (`metric`, say) and its value under which a conclusion holds least often, and how often of how
+        many; None for one that holds under all conventions or under none."""
+        n_hold, n_all = self.survival()[conclusion]
+        if n_hold in (0, n_all):
+            return None
+        found = [
+            (counts[conclusion][0] / counts[conclusion][1], choice, value, *counts[conclusion])
+            for choice in CHOICES
+            for value, counts in self.survival_by(choice).items()
+            if counts[conclusion][1]
+        ]
+        return min(found, key=lambda each: each[0])[1:]
+
+    def meaning(self, conclusion: str) -> str:
+        """A conclusion's name and what it says of the circuit."""
+        says = {
+            "recovers": f"at least {100 - self.threshold:.0f} points",
+            "beats random": f"more than each of {self.n_random} random circuits of its size",
+            "all matter": "losing any of its nodes costs something",
+            "same ranking": f"what they cost ranks its nodes alike, ρ ≥ {RANK_AGREES}",
+        }
+        return f"“{conclusion}” ({says[conclusion]})"
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
         return {
@@ -159,30 +183,30 @@ def sensitivity(
     for metric in metrics:
         check_metric(metric)
     sets = _sets(model, circuit, n_random, seed)
-    rows = list(itertools.product(tasks, sources, scopes))
-    options: dict[str, Any] = {"executor": executor, "precision": precision}
+    options: dict[str, Any] = {"executor": executor, "precision": precision, "also": metrics}
     outcomes: list[Outcome] = []
     notes: list[str] = []
     first_drops: Tensor | None = None
-    for done, (name, source, scope) in enumerate(rows, 1):
-        task, reason = tasks[name], _impossible(tasks[name], source, scope)
-        values: dict[Metric, Tensor] = {}
-        if reason is None:
-            positions = scope_positions(task, scope)
+    n_done, n_all = 0, len(tasks) * len(sources) * len(scopes) * len(metrics)
+    for (name, task), source in itertools.product(tasks.items(), sources):
+        possible, reasons = _possible(task, source, scopes)
+        notes += reasons
+        if possible:
             # KL asks nothing of the full model, so it can be measured where another metric cannot.
-            ablation = Ablation(model, task, source=source, positions=positions, metric="kl", also=metrics, **options)
-            values, impossible = sets.values(ablation, metrics)
-            notes += [f"{name}: {why}" for why in impossible]
-        else:
-            notes.append(reason)
-        for metric in values:
-            measured = _Measured.of(values[metric], metric, len(circuit), n_resamples, seed)
-            if first_drops is None and measured.concludes:
-                first_drops = measured.drops[:, 0]
-            convention = Convention(source, metric, scope, name)
-            outcomes.append(measured.outcome(convention, circuit, threshold, first_drops))
-        if progress is not None:
-            progress(done * len(metrics), len(rows) * len(metrics))
+            ablation = Ablation(model, task, source=source, metric="kl", **options)
+            measurable, reasons = _measurable(ablation, metrics)
+            notes += [f"{name}: {reason}" for reason in reasons]
+        for scope, positions in possible.items():
+            values = sets.values(ablation.at(positions))
+            for metric in measurable:
+                measured = _Measured.of(values[metric], metric, len(circuit), n_resamples, seed)
+                if first_drops is None and measured.concludes:
+                    first_drops = measured.drops[:, 0]
+                convention = Convention(source, metric, scope, name)
+                outcomes.append(measured.outcome(convention, circuit, threshold, first_drops))
+            n_done += len(metrics)
+            if progress is not None:
+                progress(n_done, n_all)
     notes = list(dict.fromkeys(notes))
     if not outcomes:
         raise PatchError(f"no convention is left to measure the circuit under: {'; '.join(notes) or 'none given'}")
@@ -203,14 +227,31 @@ def scope_positions(task: Task, scope: str) -> tuple[int, ...] | None:
     return tuple(task.positions[scope])
 
 
-def _impossible(task: Task, source: str, scope: str) -> str | None:
+def _possible(task: Task, source: str, scopes: Sequence[str]) -> tuple[dict[str, tuple[int, ...] | None], list[str]]:
+    """Positions of the scopes that a task has, by scope; and what it lacks."""
     if source == "corrupted" and task.corrupted is None:
-        return f"source 'corrupted': task '{task.name}' has no corrupted prompts"
-    try:
-        scope_positions(task, scope)
-    except PatchError as error:
-        return str(error)
-    return None
+        return {}, [f"source 'corrupted': task '{task.name}' has no corrupted prompts"]
+    found: dict[str, tuple[int, ...] | None] = {}
+    lacking = []
+    for scope in scopes:
+        try:
+            found[scope] = scope_positions(task, scope)
+        except PatchError as error:
+            lacking.append(str(error))
+    return found, lacking
+
+
+def _measurable(ablation: Ablation, metrics: Sequence[Metric]) -> tuple[list[Metric], list[str]]:
+    """Metrics by which the full model does the task; and why the others are none of them."""
+    found: list[Metric] = []
+    reasons = []
+    for metric in metrics:
+        try:
+            full_metric(ablation.clean_by_metric[metric], ablation.task, metric)
+            found.append(metric)
+        except TaskError as error:
+            reasons.append(str(error))
+    return found, reasons
 
 
 @dataclass(frozen=True)
@@ -222,28 +263,15 @@ class _Sets:
     draws: list[list[Component]]
     """Random circuits."""
 
-    def values(
-        self, ablation: Ablation, metrics: Sequence[Metric]
-    ) -> tuple[dict[Metric, Float[Tensor, "set prompt"]], list[str]]:
-        """Each metric with everything kept, nothing, the circuit, the circuit without each node, random circuits.
-
-        Also why a metric is left out: the full model does not do the task by it.
-        """
-        measurable: list[Metric] = []
-        reasons: list[str] = []
-        for metric in metrics:
-            try:
-                full_metric(ablation.clean_by_metric[metric], ablation.task, metric)
-                measurable.append(metric)
-            except TaskError as error:
-                reasons.append(str(error))
+    def values(self, ablation: Ablation) -> dict[Metric, Float[Tensor, "set prompt"]]:
+        """Each metric with everything kept, nothing, the circuit, the circuit without each node, random circuits."""
         parts = [
             ablation.values_by_metric([(), ablation.complement(set())]),
             # What the circuit lacks is removed once: without a node too, only the layers from it on are computed.
             ablation.values_by_metric([(), *([node] for node in self.nodes)], ablation.complement(set(self.nodes))),
             ablation.values_by_metric([ablation.complement(set(draw)) for draw in self.draws]),
         ]
-        return {metric: torch.cat([part[metric] for part in parts]) for metric in measurable}, reasons
+        return {metric: torch.cat([part[metric] for part in parts]) for metric in parts[0]}
 
 
 def _sets(model: HookedTransformer, circuit: Circuit, n_random: int, seed: int) -> _Sets:

@@ -52,8 +52,9 @@ class StudySettings:
     """What a study depends on; a run is resumed only with the same ones.
 
     `n_random` is how many random circuits are scored per task; None is 50 for a small model and 10 for another.
-    `n_edge_prompts` is how many prompts edges are patched on. `stages` are what is asked of each circuit once it is
-    found (`analysis.stages.STAGES`); a run may be resumed with others.
+    `n_edge_prompts` is how many prompts edges are patched on. `n_sensitivity_prompts` is on how many a circuit is
+    measured under every convention; None is all for a small model and 4 for another. `stages` are what is asked of each
+    circuit once it is found (`analysis.stages.STAGES`); a run may be resumed with others.
     """
 
     models: tuple[str, ...]
@@ -72,6 +73,7 @@ class StudySettings:
     device: str = "cpu"
     n_random: int | None = None
     n_edge_prompts: int = 8
+    n_sensitivity_prompts: int | None = None
     stages: tuple[str, ...] = STAGES
 
 
@@ -161,7 +163,7 @@ def _check_options(settings: StudySettings) -> None:
     for stage in settings.stages:
         if stage not in STAGES:
             raise PatchError(f"stage {stage!r} is not known; expected some of {', '.join(STAGES)}")
-    for name in ("n", "max_sweeps", "n_random", "n_edge_prompts"):
+    for name in ("n", "max_sweeps", "n_random", "n_edge_prompts", "n_sensitivity_prompts"):
         value = getattr(settings, name)
         if value is not None and value < 1:
             raise PatchError(f"{name} is {value}; expected at least 1")
@@ -332,6 +334,7 @@ class _ModelStudy:
             settings.executor,
             self._n_random,
             settings.n_edge_prompts,
+            self._n_sensitivity_prompts,
             lambda: self._repeated,
         )
         for stage, ask in TASK_STAGES.items():
@@ -366,7 +369,17 @@ class _ModelStudy:
     def _n_random(self) -> int:
         if self.settings.n_random is not None:
             return self.settings.n_random
-        return 50 if self.model.config.n_params <= SMALL_MODEL else 10
+        return 50 if self._is_small else 10
+
+    @property
+    def _n_sensitivity_prompts(self) -> int:
+        if self.settings.n_sensitivity_prompts is not None:
+            return self.settings.n_sensitivity_prompts
+        return self.settings.n if self._is_small else 4
+
+    @property
+    def _is_small(self) -> bool:
+        return self.model.config.n_params <= SMALL_MODEL
 
     def _ablation(self, task: Task) -> Ablation:
         return Ablation(self.model, task, executor=self.settings.executor, precision=self.settings.precision)

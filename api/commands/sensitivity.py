@@ -110,6 +110,11 @@ def _print(found: Sensitivity) -> None:
             counts.add_row(f"{choice} {value}", *map(_count, survival.values()))
     out.print(counts)
     out.print(f"Survives all: {', '.join(found.surviving()) or 'nothing'}")
+    for name in CONCLUSIONS:
+        weakest = found.weakest(name)
+        if weakest is not None:
+            choice, value, n_held, n_asked = weakest
+            out.print(f"{name}: least by {choice} {value} ({n_held} of {n_asked})")
     for note in found.notes:
         out.print(f"Left out: {note}")
 

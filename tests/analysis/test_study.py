@@ -76,6 +76,8 @@ def test_every_stage_leaves_its_values_and_figures_and_a_section_of_the_report(r
     assert edges.edges
     found = run.read_json("results/tiny-gpt2.months.faithfulness.json")["data"]
     assert found["score"][0] == pytest.approx(circuit.score, abs=1e-3)
+    survival = run.read_json("results/tiny-gpt2.months.sensitivity.json")["data"]["survival"]
+    assert survival["recovers"][0] > 0
     rows = run.read_json("results/tiny-gpt2.transfer.json")["data"]["rows"]
     without = {row["kind"]: row["share"] for row in rows if row["circuit"] == "months"}
     assert without["months"] < 0.5
@@ -181,6 +183,7 @@ def test_what_cannot_be_studied_is_said_before_anything_is_written(tmp_path):
         ({"n_random": 0}, "n_random is 0; expected at least 1"),
         ({"n": 0}, "n is 0; expected at least 1"),
         ({"n_edge_prompts": 0}, "n_edge_prompts is 0; expected at least 1"),
+        ({"n_sensitivity_prompts": 0}, "n_sensitivity_prompts is 0; expected at least 1"),
         ({"stages": ("lens", "tea")}, "stage 'tea' is not known; expected some of faithfulness"),
     ):
         with pytest.raises(PatchError, match=words):
