@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, cast
 import typer
 
 import subcircuit as sc
+from subcircuit.circuits import load_circuits, warn_of_other_model
 from subcircuit.console import new_table, out, progress_bars
 from subcircuit.options import (
     CircuitOption,
@@ -56,13 +57,15 @@ def sensitivity(
     from subcircuit.analysis import sensitivity as conventions
     from subcircuit.engine.threads import suitable_threads
 
-    circuit = None if circuit_file is None else sc.Circuit.load(circuit_file)
+    saved = load_circuits([] if circuit_file is None else [circuit_file])
     loaded = sc.load(model, dtype=dtype, device=device)
+    warn_of_other_model(saved, loaded)
     draws = {
         f"seed {each}": sc.task(task, loaded, n=n, seed=each, template=template, filter=only_answered)
         for each in range(seed, seed + n_seeds)
     }
     with progress_bars(quiet) as progress, suitable_threads(loaded):
+        circuit = saved.get(circuit_file) if circuit_file else None
         if circuit is None:
             circuit = sc.discover(
                 loaded,
