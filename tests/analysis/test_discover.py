@@ -105,6 +105,20 @@ def test_pruning_on_both_sides_keeps_what_would_raise_the_score_too_far(case):
     assert circuit.settings["both_sides"]
 
 
+def test_no_option_is_silently_ignored(case):
+    model, task = case
+    ablation = Ablation(model, task, source="zero")
+    assert discover(model, task, ablation=ablation, max_sweeps=1).settings["source"] == "zero"
+    for given in ({"source": "mean"}, {"precision": "fp64", "budget_bytes": 2**30}):
+        with pytest.raises(PatchError, match=f"{', '.join(given)}: an ablation brings its own"):
+            discover(model, task, ablation=ablation, **given)
+    with pytest.raises(PatchError, match="steps 3 mean nothing to 'eap'"):
+        discover(model, task, "eap", n_edges=4, steps=3)
+    for method, option in (("eap", "executor"), ("eap-ig", "metric"), ("acdc", "first"), ("masks", "n_edges")):
+        with pytest.raises(PatchError, match=f"method '{method}' has no option '{option}'"):
+            discover(model, task, method, **{option: "any"})
+
+
 def test_pruning_by_the_kl_is_that_of_full_forwards(case):
     model, task = case
     ablation = Ablation(model, task, metric="kl", precision="fp64")
