@@ -1,10 +1,10 @@
-"""What a circuit alone recovers of a task, what each of its nodes is worth, and what random circuits recover."""
+"""What a circuit alone recovers of a task, what each of its nodes is worth, and random circuits like it."""
 
 from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 from jaxtyping import Float
@@ -13,7 +13,7 @@ from torch import Tensor
 from subcircuit.analysis.circuit import Circuit
 from subcircuit.analysis.tasks import Task
 from subcircuit.engine.config import ModelConfig
-from subcircuit.engine.errors import PatchError, TaskError
+from subcircuit.engine.errors import TaskError
 from subcircuit.engine.model import HookedTransformer
 from subcircuit.engine.patching import Component, DeltaSession, Effects, Patch, PatchSet, Site, Source, patch_effects
 from subcircuit.engine.patching.metric import Metric
@@ -211,32 +211,6 @@ def node_drops(ablation: Ablation, circuit: Circuit) -> dict[str, float]:
     outside = ablation.complement(set(nodes))
     whole, *without = ablation.scores([(), *([node] for node in nodes)], base=outside)
     return {str(node): whole - lower for node, lower in zip(nodes, without, strict=True)}
-
-
-def random_circuits(
-    ablation: Ablation,
-    circuit: Circuit,
-    n: int,
-    *,
-    seed: int = 0,
-    match: str = "size",
-    progress: Callable[[int, int], None] | None = None,
-) -> list[float]:
-    """Scores of n random circuits with as many heads and as many MLPs as the given one, the baseline for its score.
-
-    `match="layers"` keeps the number of heads in each layer, and the MLPs, as they are. Raises PatchError for another
-    value.
-    """
-    if match not in ("size", "layers"):
-        raise PatchError(f"match {match!r} is not known; expected 'size' or 'layers'")
-    rng = random.Random(seed)
-    removed = [ablation.complement(random_nodes(ablation.model.config, circuit, rng, match)) for _ in range(n)]
-    scores: list[float] = []
-    for first in range(0, n, 16):
-        scores += ablation.scores(removed[first : first + 16])
-        if progress is not None:
-            progress(len(scores), n)
-    return scores
 
 
 def random_nodes(config: ModelConfig, circuit: Circuit, rng: random.Random, match: str) -> set[Component]:

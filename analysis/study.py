@@ -8,10 +8,11 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, get_args
 
+from subcircuit.analysis.baselines import random_baseline
 from subcircuit.analysis.circuit import Circuit, intersection, union
 from subcircuit.analysis.compare import cross_task_scores, jaccard_matrix
 from subcircuit.analysis.discover import discover
-from subcircuit.analysis.faithfulness import Ablation, node_drops, random_circuits
+from subcircuit.analysis.faithfulness import Ablation, node_drops
 from subcircuit.analysis.heads import repeated_measures
 from subcircuit.analysis.measures import Measure
 from subcircuit.analysis.metrics import final_logits, is_top, logit_difference
@@ -437,7 +438,7 @@ class _ModelStudy:
     def _results(self, file: str, name: str, task: Task, scores: Scores, circuit: Circuit, ablation: Ablation) -> None:
         with self._stage(f"{name}, drops and random circuits") as step:
             drops = node_drops(ablation, circuit)
-            baseline = random_circuits(ablation, circuit, self._n_random, seed=self.settings.seed, progress=step)
+            baseline = random_baseline(ablation, circuit, self._n_random, seed=self.settings.seed, progress=step)
         self.directory.write_json(
             file,
             {
@@ -450,7 +451,7 @@ class _ModelStudy:
                 "mlps": scores.mlps().tolist(),
                 "clean_mean": float(scores.clean_metric.mean()),
                 "drops": drops,
-                "random_scores": baseline,
+                "random_scores": baseline.scores.tolist(),
             },
         )
 

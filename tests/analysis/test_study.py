@@ -99,7 +99,7 @@ def test_resuming_a_finished_study_computes_nothing_again(run, monkeypatch):
     def never(*args, **kwargs):
         raise AssertionError("computed again")
 
-    for name in ("load", "sweep", "discover", "node_drops", "random_circuits", "cross_task_scores"):
+    for name in ("load", "sweep", "discover", "node_drops", "random_baseline", "cross_task_scores"):
         monkeypatch.setattr(study_module, name, never)
     study(SETTINGS, str(run.path), resume=True)
     assert before == {file: file.read_bytes() for file in before}
@@ -111,7 +111,7 @@ def no_report(monkeypatch):
     monkeypatch.setattr(study_module, "write_report", lambda directory: directory.write_text("report.html", "made"))
 
 
-@pytest.mark.parametrize("stage", ["sweep", "discover", "random_circuits", "cross_task_scores", "write_report"])
+@pytest.mark.parametrize("stage", ["sweep", "discover", "random_baseline", "cross_task_scores", "write_report"])
 @pytest.mark.usefixtures("no_report")
 def test_a_study_that_was_killed_goes_on_where_it_stopped_and_ends_the_same(run, tmp_path, monkeypatch, stage):
     def die(*args, **kwargs):
@@ -154,10 +154,10 @@ def test_a_stage_that_was_finished_before_a_kill_is_not_computed_again(run, tmp_
     assert len(finished) == 3 + len(TASK_STAGES) + 1  # all of the first task, and the second's sweep
     calls.clear()
     with monkeypatch.context() as patch:
-        for stage in ("sweep", "discover", "node_drops", "random_circuits"):
+        for stage in ("sweep", "discover", "node_drops", "random_baseline"):
             watch(patch, stage)
         study(SETTINGS, str(folder), resume=True)
-    assert calls == ["discover", "node_drops", "random_circuits"]
+    assert calls == ["discover", "node_drops", "random_baseline"]
     assert finished == {file: file.stat().st_ino for file in finished}
 
 
