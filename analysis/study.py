@@ -16,6 +16,7 @@ from subcircuit.analysis.faithfulness import Ablation, node_drops
 from subcircuit.analysis.heads import repeated_measures
 from subcircuit.analysis.measures import Measure
 from subcircuit.analysis.metrics import final_logits, is_top, logit_difference
+from subcircuit.analysis.overlap import Kind, overlap_matrix
 from subcircuit.analysis.pruning import Direction
 from subcircuit.analysis.records import (
     csv_text,
@@ -455,6 +456,9 @@ class _ModelStudy:
             },
         )
 
+    def _overlaps(self, circuits: Sequence[Circuit], kind: Kind) -> list[list[dict[str, Any]]]:
+        return [[each.to_dict() for each in row] for row in overlap_matrix(circuits, self.model.config, kind)]
+
     def _compare(self) -> None:
         file = f"results/{self.slug}.compare.json"
         names, circuits = list(self.circuits), list(self.circuits.values())
@@ -470,6 +474,8 @@ class _ModelStudy:
                 "tasks": names,
                 "jaccard_heads": jaccard_matrix(circuits, "heads").tolist(),
                 "jaccard_nodes": jaccard_matrix(circuits).tolist(),
+                "overlap_heads": self._overlaps(circuits, "heads"),
+                "overlap_nodes": self._overlaps(circuits, "nodes"),
                 "cross_task": table,
                 "cross_task_columns": [*names, "shared", "union"],
                 "shared": {"heads": shared.heads, "mlps": shared.mlps},

@@ -46,6 +46,9 @@ def test_a_study_leaves_circuits_scores_and_a_report(run):
     compare = run.read_json("results/tiny-gpt2.compare.json")
     for i, name in enumerate(circuits):
         assert compare["cross_task"][i][i] == pytest.approx(circuits[name].score, abs=1e-3)
+    overlap = compare["overlap_heads"][0][1]
+    assert overlap["jaccard"] == pytest.approx(compare["jaccard_heads"][0][1])
+    assert f"chance {overlap['expected_jaccard']:.2f}" in (run.path / "report.html").read_text()
     rows = (run.path / "scores.csv").read_text().splitlines()
     assert len(rows) == 1 + 2 * (4 * 8 + 4)
 
