@@ -13,7 +13,7 @@ from subcircuit.analysis.tasks import Task
 from subcircuit.engine.errors import TaskError
 from subcircuit.engine.model import HookedTransformer
 from subcircuit.engine.patching import Effects, Source
-from subcircuit.engine.patching.metric import Metric
+from subcircuit.engine.patching.metric import Metric, Metrics, each_metric
 from subcircuit.engine.patching.options import Executor, Precision
 from subcircuit.engine.patching.sites import source_name
 
@@ -32,6 +32,8 @@ class ItemAblation(ABC, Generic[Item]):
     * 100 · exp(−m(ablated)) for `kl`: the same share for tokens drawn from the full model's own predictions; at most
       100.
 
+    `also` are other metrics to be read from the same rows (`values_by_metric`); scores are those of `metric`.
+
     Raises TaskError when the full model does not prefer the answers (by `accuracy`: gives none), so that there is
     nothing to recover, and PatchError for a metric that does not exist.
     """
@@ -46,6 +48,7 @@ class ItemAblation(ABC, Generic[Item]):
         executor: Executor,
         precision: Precision,
         metric: Metric,
+        also: Sequence[Metric] = (),
         budget_bytes: int | None,
     ) -> None:
         self.model, self.task, self.items, self.metric = model, task, tuple(items), metric
@@ -55,9 +58,12 @@ class ItemAblation(ABC, Generic[Item]):
             "precision": precision,
             "metric": metric,
         }
+        self._metrics: Metrics = tuple(dict.fromkeys((metric, *also))) if also else metric
         self._options: dict[str, Any] = {**self.settings, "source": source, "budget_bytes": budget_bytes}
+        self._options["metric"] = self._metrics
         self._prepare()
-        self.clean: Float[Tensor, "prompt"] = self._effects([()], ()).clean_metric.double().cpu()
+        self.clean_by_metric = self._by_metric(self._effects([()], ()).clean_metric)
+        self.clean: Float[Tensor, "prompt"] = self.clean_by_metric[metric]
         self.full = full_metric(self.clean, task, metric)
 
     @abstractmethod
@@ -74,7 +80,14 @@ class ItemAblation(ABC, Generic[Item]):
 
     def values(self, removed: Sequence[Iterable[Item]], base: Iterable[Item] = ()) -> Float[Tensor, "set prompt"]:
         """Metric of each prompt for each set of removed items, on top of those of `base`; float64, on the CPU."""
-        return self.clean + self._effects(removed, base).effects.double().cpu()
+        return self.values_by_metric(removed, base)[self.metric]
+
+    def values_by_metric(
+        self, removed: Sequence[Iterable[Item]], base: Iterable[Item] = ()
+    ) -> dict[Metric, Float[Tensor, "set prompt"]]:
+        """The same for `metric` and each of `also`, all of them from the same rows."""
+        changes = self._by_metric(self._effects(removed, base).effects)
+        return {metric: self.clean_by_metric[metric] + change for metric, change in changes.items()}
 
     def kept_values(self, kept: Sequence[Collection[Item]]) -> Float[Tensor, "set prompt"]:
         """Metric of each prompt when only the items of each set are kept. What no set keeps is propagated once."""
@@ -91,13 +104,7 @@ class ItemAblation(ABC, Generic[Item]):
 
     def share(self, ablated: Float[Tensor, "*any"], full: Float[Tensor, "*any"]) -> Float[Tensor, "*any"]:
         """What is left of the full model, 1 for all of it, by mean metrics of the ablated and of the full one."""
-        match self.metric:
-            case "kl":
-                return (-ablated).exp()
-            case "log_probability":
-                return (ablated - full).exp()
-            case _:
-                return ablated / full
+        return share_left(self.metric, ablated, full)
 
     def score_of(self, kept: Collection[Item]) -> float:
         """Score of the circuit that consists of the kept items. Raises PatchError for one that cannot be kept."""
@@ -108,6 +115,23 @@ class ItemAblation(ABC, Generic[Item]):
         self._check(kept)
         chosen = set(kept)
         return [item for item in self.items if item not in chosen]
+
+    def _by_metric(self, values: Float[Tensor, "*any"]) -> dict[Metric, Float[Tensor, "*any"]]:
+        """Values of several metrics in a last dimension, or of the one, metric by metric."""
+        metrics, values = each_metric(self._metrics), values.double().cpu()
+        return dict(zip(metrics, values.unbind(-1) if isinstance(self._metrics, tuple) else (values,), strict=True))
+
+
+def share_left(metric: Metric, ablated: Float[Tensor, "*any"], full: Float[Tensor, "*any"]) -> Float[Tensor, "*any"]:
+    """What is left of the full model, 1 for all of it, by mean metrics of the ablated and of the full one: see
+    `ItemAblation`."""
+    match metric:
+        case "kl":
+            return (-ablated).exp()
+        case "log_probability":
+            return (ablated - full).exp()
+        case _:
+            return ablated / full
 
 
 def full_metric(clean: Float[Tensor, "prompt"], task: Task, metric: Metric) -> float:

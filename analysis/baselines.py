@@ -26,12 +26,14 @@ ROWS_AT_ONCE = 64
 
 @dataclass(frozen=True)
 class Baseline:
-    """A circuit beside random ones, in points of what there is to recover (`evaluation`)."""
+    """A circuit beside random ones, in points of what there is to recover (`evaluation`); and their scores."""
 
     recovered: float
     """Of the circuit."""
     random: Float[Tensor, " draw"]
     """Of each random circuit."""
+    scores: Float[Tensor, " draw"]
+    """What each random circuit keeps of the full model, as `Ablation` defines it for the metric: the paper's number."""
     match: Match
     n_distinct: int
     """How many of the random circuits differ; few where there are few circuits like it."""
@@ -100,10 +102,11 @@ def random_baseline(
     ends = ablation.kept_values([ablation.nodes, (), circuit.nodes]).mean(1)
     scale = Scale(ends[:1], ends[1:2])
     means = torch.cat([part.mean(1) for part in _evaluated(ablation, distinct, progress)])
-    points = 100 * (means - ends[1]) / scale.width
     place = {nodes: i for i, nodes in enumerate(distinct)}
+    means = means[[place[nodes] for nodes in drawn]]
     recovered = float(100 * (ends[2] - ends[1]) / scale.width)
-    return Baseline(recovered, points[[place[nodes] for nodes in drawn]], match, len(distinct))
+    points = 100 * (means - ends[1]) / scale.width
+    return Baseline(recovered, points, 100 * ablation.share(means, ends[0]), match, len(distinct))
 
 
 def _evaluated(

@@ -72,11 +72,6 @@ def head_depths(circuit: Circuit, config: ModelConfig) -> Float[Tensor, " head"]
     return found
 
 
-def layer_map(n_from: int, n_to: int) -> list[int]:
-    """For every layer of one model the layer of another that lies at its depth."""
-    return [min(int(depth(layer, n_from) * n_to), n_to - 1) for layer in range(n_from)]
-
-
 def role_depths(roles: Mapping[str, Sequence[tuple[int, int]]], n_layers: int) -> dict[str, tuple[float, float, float]]:
     """Mean, least and greatest depth of the heads `(layer, head)` of each role that has any.
 

@@ -28,21 +28,24 @@ def strongest_edges(
     n_edges: int | None = None,
     threshold: float | None = None,
     source: Source = "corrupted",
-    steps: int = 5,
+    steps: int | None = None,
     precision: str = "fp32",
     budget_bytes: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Circuit:
     """The circuit of the edges with the largest scores by EAP or EAP-IG: `n_edges` of them, or all from `threshold` on.
 
-    Raises PatchError unless exactly one of the two is given.
+    `steps` are EAP-IG's, 5 if left out. Raises PatchError unless exactly one of `n_edges` and `threshold` is given, and
+    for steps of EAP.
     """
+    if method == "eap" and steps is not None:
+        raise PatchError(f"steps {steps} mean nothing to 'eap', which takes one gradient; expected them with 'eap-ig'")
     scores = edge_scores(
         model,
         task,
         method,
         source=source,
-        steps=steps,
+        steps=5 if steps is None else steps,
         precision=precision,  # type: ignore[arg-type]
         budget_bytes=budget_bytes,
         progress=progress,

@@ -79,11 +79,14 @@ def edge_mask_circuit(
     100 − `threshold`.
 
     With `both_sides` the score may not exceed 100 + `threshold` either, which keeps edges that work against the answer.
-    Scores are exact (`EdgeAblation`), and those of `metric`; how many edges it takes is searched from coarse to fine
-    (`smallest_prefix`). Of the first edges only those count that lie on a path from `input` to the logits. The
-    circuit's `edge_scores` are the gates. The other options are those of `learn_gates`, whose steps `progress` counts.
+    Scores are exact (`EdgeAblation`), those of `metric`, and computed by `executor` in `precision` within
+    `budget_bytes`; how many edges it takes is searched from coarse to fine (`smallest_prefix`). None of these three
+    touch the learning, which is gradient descent through full forwards in the model's own dtype. Of the first edges
+    only those count that lie on a path from `input` to the logits. The circuit's `edge_scores` are the gates. The other
+    options are those of `learn_gates`, whose steps `progress` counts.
 
-    Raises PatchError as `learn_edge_masks` does, TaskError when the model does not do the task.
+    Raises PatchError as `learn_edge_masks` does, and before any learning for an executor or precision that does not
+    exist; TaskError when the model does not do the task.
     """
     ablation = EdgeAblation(
         model, task, source=source, metric=metric, executor=executor, precision=precision, budget_bytes=budget_bytes

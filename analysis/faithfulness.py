@@ -1,16 +1,15 @@
-"""What a circuit alone recovers of a task, what each of its nodes is worth, and what random circuits recover."""
+"""What a circuit alone recovers of a task, what each of its nodes is worth, and random circuits like it."""
 
 from __future__ import annotations
 
-import random
-from collections.abc import Callable, Collection, Iterable, Sequence
+import copy
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 from subcircuit.analysis.ablation import ItemAblation
 from subcircuit.analysis.circuit import Circuit
-from subcircuit.analysis.nodes import candidate_nodes, check_nodes, random_nodes
+from subcircuit.analysis.nodes import candidate_nodes, check_nodes
 from subcircuit.analysis.tasks import Task
-from subcircuit.engine.errors import PatchError
 from subcircuit.engine.model import HookedTransformer
 from subcircuit.engine.patching import Component, DeltaSession, Effects, Patch, PatchSet, Site, Source, patch_effects
 from subcircuit.engine.patching.metric import Metric
@@ -45,13 +44,14 @@ class Ablation(ItemAblation[Component]):
         executor: Executor = "torch",
         precision: Precision = "fp32",
         metric: Metric = "logit_difference",
+        also: Sequence[Metric] = (),
         budget_bytes: int | None = None,
     ) -> None:
         nodes = tuple(candidate_nodes(model, task, source, positions) if nodes is None else nodes)
         check_nodes(nodes, model)
         self._positions = positions
         options: dict[str, Any] = {"source": source, "executor": executor, "precision": precision, "metric": metric}
-        super().__init__(model, task, nodes, budget_bytes=budget_bytes, **options)
+        super().__init__(model, task, nodes, also=also, budget_bytes=budget_bytes, **options)
         if model.dictionaries:
             self.settings["dictionaries"] = {name: each.d_sae for name, each in model.dictionaries.items()}
 
@@ -59,6 +59,12 @@ class Ablation(ItemAblation[Component]):
     def nodes(self) -> tuple[Component, ...]:
         """What circuits may consist of."""
         return self.items
+
+    def at(self, positions: tuple[int, ...] | None) -> Ablation:
+        """The same at other positions, None for all of them, with the clean run shared."""
+        other = copy.copy(self)
+        other._positions = positions
+        return other
 
     def _prepare(self) -> None:
         self._session: DeltaSession | None = None
@@ -108,30 +114,3 @@ def node_drops(ablation: Ablation, circuit: Circuit) -> dict[str, float]:
     outside = ablation.complement(set(nodes))
     whole, *without = ablation.scores([(), *([node] for node in nodes)], base=outside)
     return {str(node): whole - lower for node, lower in zip(nodes, without, strict=True)}
-
-
-def random_circuits(
-    ablation: Ablation,
-    circuit: Circuit,
-    n: int,
-    *,
-    seed: int = 0,
-    match: str = "size",
-    progress: Callable[[int, int], None] | None = None,
-) -> list[float]:
-    """Scores of n random circuits with as many heads, MLPs and features as the given one, the baseline for its score.
-
-    `match="layers"` keeps their number in each layer as it is. Raises PatchError for another value, and for a circuit
-    with a node that the model lacks.
-    """
-    if match not in ("size", "layers"):
-        raise PatchError(f"match {match!r} is not known; expected 'size' or 'layers'")
-    check_nodes(circuit.nodes, ablation.model, ablation.nodes)
-    rng = random.Random(seed)
-    removed = [ablation.complement(random_nodes(ablation.nodes, circuit, rng, match)) for _ in range(n)]
-    scores: list[float] = []
-    for first in range(0, n, 16):
-        scores += ablation.scores(removed[first : first + 16])
-        if progress is not None:
-            progress(len(scores), n)
-    return scores

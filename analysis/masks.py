@@ -7,7 +7,7 @@ A node of gate m has the value m · its own + (1 − m) · its source's. Such ma
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Unpack
+from typing import Any, Unpack
 
 import torch
 from jaxtyping import Float
@@ -21,6 +21,7 @@ from subcircuit.engine.hooks import Hook
 from subcircuit.engine.model import HookedTransformer
 from subcircuit.engine.patching import Component, Patch, Site, Source
 from subcircuit.engine.patching.metric import Metric
+from subcircuit.engine.patching.options import Executor, Precision
 from subcircuit.engine.patching.sources import PromptChunk, Sources
 
 
@@ -54,19 +55,24 @@ def mask_circuit(
     both_sides: bool = False,
     source: Source = "mean",
     metric: Metric = "logit_difference",
-    ablation: Ablation | None = None,
+    executor: Executor = "torch",
+    precision: Precision = "fp32",
+    budget_bytes: int | None = None,
     progress: Callable[[int, int], None] | None = None,
     **learning: Unpack[Learning],
 ) -> Circuit:
     """The circuit that learned gates lead to: the fewest nodes, in the gates' order, that score 100 − `threshold`.
 
     With `both_sides` the score may not exceed 100 + `threshold` either, which keeps nodes that work against the answer.
-    Scores are exact (`faithfulness.Ablation`, which says what `nodes` there are), and those of `metric`; an `ablation`
-    made before brings its own of both. The other options are those of `learn_gates`.
+    Scores are exact (`faithfulness.Ablation`, which says what `nodes` there are), those of `metric`, and computed by
+    `executor` in `precision` within `budget_bytes`. None of these three touch the learning, which is gradient descent
+    through full forwards in the model's own dtype; the other options are those of `learn_gates`.
 
-    Raises PatchError as `learn_masks` does, TaskError when the model does not do the task.
+    Raises PatchError as `learn_masks` does, and before any learning for an executor or precision that does not exist;
+    TaskError when the model does not do the task.
     """
-    ablation = ablation or Ablation(model, task, nodes=nodes, source=source, metric=metric)
+    options: dict[str, Any] = {"source": source, "metric": metric, "executor": executor, "precision": precision}
+    ablation = Ablation(model, task, nodes=nodes, budget_bytes=budget_bytes, **options)
     masks = learn_masks(model, task, ablation.nodes, source=source, progress=progress, **learning)
     about = {"threshold": threshold, "both_sides": both_sides, **learning}
     return circuit_of_masks(masks, ablation, threshold, both_sides, about)

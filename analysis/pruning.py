@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from subcircuit.analysis.circuit import Circuit, TraceStep
 from subcircuit.analysis.faithfulness import Ablation
@@ -30,10 +30,10 @@ def prune_nodes(
     both_sides: bool = False,
     first: Direction = "backward",
     max_sweeps: int | None = None,
-    source: Source = "mean",
-    metric: Metric = "logit_difference",
-    executor: Executor = "torch",
-    precision: Precision = "fp32",
+    source: Source | None = None,
+    metric: Metric | None = None,
+    executor: Executor | None = None,
+    precision: Precision | None = None,
     candidates_per_batch: int | None = None,
     budget_bytes: int | None = None,
     ablation: Ablation | None = None,
@@ -52,8 +52,9 @@ def prune_nodes(
     Candidates are evaluated several at a time under a guess of how the ones before them end; a decision is taken only
     when all those guesses were right, so every decision is the one that the sequential rule takes. `progress` is
     called with (candidates decided in this sweep, candidates of this sweep). Scores are those of `metric`, as
-    `Ablation` defines them. An `ablation` made before for this model and task saves its clean run; it brings its own
-    source, metric, executor, precision and nodes.
+    `Ablation` defines them, with its defaults: source `mean`, `logit_difference`, executor `torch`, `fp32`. An
+    `ablation` made before for this model and task saves its clean run and brings its own, and its nodes; the options
+    that it was made with are refused beside it.
 
     Raises PatchError for a bad option, TaskError when the model does not do the task.
     """
@@ -61,17 +62,12 @@ def prune_nodes(
         raise PatchError(f"first sweep {first!r} is not known; expected 'backward' or 'forward'")
     if threshold <= 0:
         raise PatchError(f"threshold {threshold} must be positive: points of score that the circuit may lose")
-    if ablation is None:
-        ablation = Ablation(
-            model,
-            task,
-            nodes=nodes,
-            source=source,
-            metric=metric,
-            executor=executor,
-            precision=precision,
-            budget_bytes=budget_bytes,
-        )
+    options: dict[str, Any] = {"source": source, "metric": metric, "executor": executor, "precision": precision}
+    options |= {"budget_bytes": budget_bytes, "nodes": nodes}
+    given = {name: value for name, value in options.items() if value is not None}
+    if ablation is not None and given:
+        raise PatchError(f"{', '.join(given)}: an ablation brings its own; expected one or the other")
+    ablation = ablation or Ablation(model, task, **given)
     at_once = candidates_per_batch or candidates_at_once(model, task)
     pruning = _Pruning(ablation, threshold, both_sides, at_once, progress)
     pruning.run(first, max_sweeps)

@@ -14,7 +14,9 @@ from markupsafe import Markup
 
 from subcircuit.analysis import figures
 from subcircuit.analysis.circuit import Circuit
+from subcircuit.analysis.depth import role_depths
 from subcircuit.analysis.drawing import task_colour, words
+from subcircuit.analysis.overlap import Overlap
 from subcircuit.analysis.stages import TASK_STAGES
 from subcircuit.analysis.store import RunDirectory
 
@@ -46,7 +48,8 @@ def _page(directory: RunDirectory, models: list[dict[str, Any]]) -> str:
     )
     environment.filters |= {"words": words, "number": _number, "duration": _duration, "listed": _listed}
     seconds = sum(directory.run.get("timings", {}).values())
-    return environment.get_template("report.html").render(run=directory.run, models=models, seconds=seconds)
+    about = {"roles": _roles_by_depth(models)} if len(models) > 1 else {}
+    return environment.get_template("report.html").render(run=directory.run, models=models, seconds=seconds, **about)
 
 
 def _models(directory: RunDirectory) -> list[dict[str, Any]]:
@@ -71,6 +74,7 @@ def _model_values(directory: RunDirectory, model: dict[str, Any]) -> dict[str, A
             for i, name in enumerate(circuits)
         ],
         "transfer": _section(directory, f"{slug}.transfer"),
+        "role_depths": {name: _role_depths(directory, f"{slug}.{name}", model["n_layers"]) for name in circuits},
         "compare": compare,
         "shared_scores": _shared_scores(compare),
         "drawn": drawn,
@@ -95,6 +99,25 @@ def _section(directory: RunDirectory, name: str) -> dict[str, Any]:
     files = {figure: f"figures/{name}.{figure}.svg" for figure in section["figures"]}
     drawn = [_inline(directory.read_text(file), f"{name}.{figure}") for figure, file in files.items()]
     return section | {"figures": drawn, "tables": [table for table in section["tables"] if table["rows"]]}
+
+
+def _role_depths(directory: RunDirectory, name: str, n_layers: int) -> dict[str, tuple[float, float, float]]:
+    """Mean, least and greatest depth of a circuit's heads of each role; nothing where roles were not asked for."""
+    roles: dict[str, list[tuple[int, int]]] = {}
+    for row in _optional(directory, f"results/{name}.roles.json").get("data", {}).get("heads", ()):
+        for role in row["roles"]:
+            roles.setdefault(role, []).append((row["layer"], row["index"]))
+    return role_depths(roles, n_layers)
+
+
+def _roles_by_depth(models: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A row per task and role that any model's circuit has: its depths in each model, None where it is not found."""
+    depths = [model["role_depths"] for model in models]
+    rows = dict.fromkeys((task, role) for found in depths for task, roles in found.items() for role in roles)
+    return [
+        {"task": task, "role": role, "depths": [found.get(task, {}).get(role) for found in depths]}
+        for task, role in rows
+    ]
 
 
 def _optional(directory: RunDirectory, file: str) -> dict[str, Any]:
@@ -153,13 +176,19 @@ def _figures(
         drawn["random"] = figures.random_figure(scores, baselines, "Circuits against random ones of equal size")
     if compare:
         tasks, columns = compare["tasks"], compare["cross_task_columns"]
-        title = "Heads in common (Jaccard index)"
-        drawn["overlap"] = figures.matrix_figure(compare["jaccard_heads"], tasks, tasks, title)
-        title = "Heads and MLPs in common (Jaccard index)"
-        drawn["overlap_nodes"] = figures.matrix_figure(compare["jaccard_nodes"], tasks, tasks, title)
+        drawn["overlap"] = _overlap_figure(compare, "heads", "Heads in common (Jaccard index)")
+        drawn["overlap_nodes"] = _overlap_figure(compare, "nodes", "Heads and MLPs in common (Jaccard index)")
         title = "Score of each circuit (column) on each task (row)"
         drawn["cross_task"] = figures.matrix_figure(compare["cross_task"], tasks, columns, title, "{:.0f}")
     return drawn
+
+
+def _overlap_figure(compare: Mapping[str, Any], kind: str, title: str) -> str:
+    """Jaccard indices, with what chance gives where the run says it."""
+    tasks, found = compare["tasks"], compare.get(f"overlap_{kind}")
+    if found is None:
+        return figures.matrix_figure(compare[f"jaccard_{kind}"], tasks, tasks, title)
+    return figures.overlap_figure([[Overlap(**each) for each in row] for row in found], tasks, title)
 
 
 def _inline(svg: str, name: str) -> Markup:

@@ -2,8 +2,8 @@
 
 The same circuit under every combination of conventions: what ablated nodes get (source), what is measured (metric), at
 which positions they are ablated (scope), on which prompts (tasks drawn with other seeds, and bootstrap resamples of
-each). Published findings have turned on such choices (Miller et al. 2024, arXiv 2407.08734), so each conclusion is a
-predicate that either holds under a convention or does not:
+each). All metrics are read from the same rows. Published findings have turned on such choices (Miller et al. 2024,
+arXiv 2407.08734), so each conclusion is a predicate that either holds under a convention or does not:
 
     recovers      the circuit recovers at least 100 − T points
     beats random  it recovers more than every random circuit of its size
@@ -26,8 +26,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from subcircuit.analysis.ablation import full_metric, share_left
 from subcircuit.analysis.circuit import Circuit, in_order
-from subcircuit.analysis.evaluation import leave_out
 from subcircuit.analysis.faithfulness import Ablation
 from subcircuit.analysis.nodes import candidate_nodes, random_nodes
 from subcircuit.analysis.statistics import percentile_interval, rank_correlation, resampled_means
@@ -36,6 +36,7 @@ from subcircuit.engine.errors import PatchError, TaskError
 from subcircuit.engine.model import HookedTransformer
 from subcircuit.engine.patching import Component
 from subcircuit.engine.patching.metric import METRICS, Metric, check_metric
+from subcircuit.engine.patching.options import Executor, Precision
 
 SOURCES = ("mean", "corrupted", "zero")
 SCOPES = ("all", "from_difference", "members", "last")
@@ -109,6 +110,30 @@ class Sensitivity:
         """Conclusions that hold under every convention that allows one."""
         return [name for name, (n_hold, n_all) in self.survival().items() if n_all and n_hold == n_all]
 
+    def weakest(self, conclusion: str) -> tuple[str, str, int, int] | None:
+        """The choice (`metric`, say) and its value under which a conclusion holds least often, and how often of how
+        many; None for one that holds under all conventions or under none."""
+        n_hold, n_all = self.survival()[conclusion]
+        if n_hold in (0, n_all):
+            return None
+        found = [
+            (counts[conclusion][0] / counts[conclusion][1], choice, value, *counts[conclusion])
+            for choice in CHOICES
+            for value, counts in self.survival_by(choice).items()
+            if counts[conclusion][1]
+        ]
+        return min(found, key=lambda each: each[0])[1:]
+
+    def meaning(self, conclusion: str) -> str:
+        """A conclusion's name and what it says of the circuit."""
+        says = {
+            "recovers": f"at least {100 - self.threshold:.0f} points",
+            "beats random": f"more than each of {self.n_random} random circuits of its size",
+            "all matter": "losing any of its nodes costs something",
+            "same ranking": f"what they cost ranks its nodes alike, ρ ≥ {RANK_AGREES}",
+        }
+        return f"“{conclusion}” ({says[conclusion]})"
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
         return {
@@ -140,6 +165,8 @@ def sensitivity(
     n_random: int = 100,
     n_resamples: int = 1000,
     seed: int = 0,
+    executor: Executor = "torch",
+    precision: Precision = "fp32",
     progress: Callable[[int, int], None] | None = None,
 ) -> Sensitivity:
     """A circuit under every source × metric × scope × task.
@@ -147,7 +174,7 @@ def sensitivity(
     `tasks` are the same task on several draws of prompts, by what to call them. `scopes` are `all`, `from_difference`
     (from the first position on at which clean and corrupted prompts differ) or names of the task's classes of
     positions, such as `members` and `last`. The first of each makes the convention that rankings are compared with.
-    The same random circuits are used everywhere.
+    The same random circuits are used everywhere. `progress` counts conventions.
 
     What cannot be measured is left out with a note: a scope that a task does not have, the source `corrupted` without
     corrupted prompts, a metric by which the full model does not do the task. Raises PatchError for an unknown metric or
@@ -158,29 +185,32 @@ def sensitivity(
     for metric in metrics:
         check_metric(metric)
     nodes = _nodes(model, tasks, sources)
-    sets = _sets(nodes, circuit, n_random, seed)
-    kinds = list(itertools.product(tasks, sources, scopes, metrics))
+    sets = _Sets.drawn(nodes, circuit, n_random, seed)
+    options: dict[str, Any] = {"executor": executor, "precision": precision, "also": metrics}
     outcomes: list[Outcome] = []
     notes: list[str] = []
     first_drops: Tensor | None = None
-    for done, (name, source, scope, metric) in enumerate(kinds, 1):
-        task, convention = tasks[name], Convention(source, metric, scope, name)
-        reason = _impossible(task, source, scope)
-        if reason is None:
-            try:
-                where = scope_positions(task, scope)
-                ablation = Ablation(model, task, nodes=nodes, metric=metric, source=source, positions=where)
-            except TaskError as error:
-                reason = f"{name}: {error}"
-        if reason is None:
-            measured = _Measured.of(ablation, sets, circuit, n_resamples, seed)
-            if first_drops is None and measured.concludes:
-                first_drops = measured.drops[:, 0]
-            outcomes.append(measured.outcome(convention, circuit, threshold, first_drops))
-        elif reason not in notes:
-            notes.append(reason)
-        if progress is not None:
-            progress(done, len(kinds))
+    n_done, n_all = 0, len(tasks) * len(sources) * len(scopes) * len(metrics)
+    for (name, task), source in itertools.product(tasks.items(), sources):
+        possible, reasons = _possible(task, source, scopes)
+        notes += reasons
+        if possible:
+            # KL asks nothing of the full model, so it can be measured where another metric cannot.
+            ablation = Ablation(model, task, nodes=nodes, source=source, metric="kl", **options)
+            measurable, reasons = _measurable(ablation, metrics)
+            notes += [f"{name}: {reason}" for reason in reasons]
+        for scope, positions in possible.items():
+            values = sets.values(ablation.at(positions))
+            for metric in measurable:
+                measured = _Measured.of(values[metric], metric, len(circuit), n_resamples, seed)
+                if first_drops is None and measured.concludes:
+                    first_drops = measured.drops[:, 0]
+                convention = Convention(source, metric, scope, name)
+                outcomes.append(measured.outcome(convention, circuit, threshold, first_drops))
+            n_done += len(metrics)
+            if progress is not None:
+                progress(n_done, n_all)
+    notes = list(dict.fromkeys(notes))
     if not outcomes:
         raise PatchError(f"no convention is left to measure the circuit under: {'; '.join(notes) or 'none given'}")
     return Sensitivity(circuit, tuple(outcomes), threshold, n_random, tuple(notes))
@@ -200,14 +230,18 @@ def scope_positions(task: Task, scope: str) -> tuple[int, ...] | None:
     return tuple(task.positions[scope])
 
 
-def _impossible(task: Task, source: str, scope: str) -> str | None:
+def _possible(task: Task, source: str, scopes: Sequence[str]) -> tuple[dict[str, tuple[int, ...] | None], list[str]]:
+    """Positions of the scopes that a task has, by scope; and what it lacks."""
     if source == "corrupted" and task.corrupted is None:
-        return f"source 'corrupted': task '{task.name}' has no corrupted prompts"
-    try:
-        scope_positions(task, scope)
-    except PatchError as error:
-        return str(error)
-    return None
+        return {}, [f"source 'corrupted': task '{task.name}' has no corrupted prompts"]
+    found: dict[str, tuple[int, ...] | None] = {}
+    lacking = []
+    for scope in scopes:
+        try:
+            found[scope] = scope_positions(task, scope)
+        except PatchError as error:
+            lacking.append(str(error))
+    return found, lacking
 
 
 def _nodes(model: HookedTransformer, tasks: Mapping[str, Task], sources: Sequence[str]) -> list[Component]:
@@ -221,12 +255,43 @@ def _nodes(model: HookedTransformer, tasks: Mapping[str, Task], sources: Sequenc
     return sorted(found, key=in_order)
 
 
-def _sets(nodes: list[Component], circuit: Circuit, n_random: int, seed: int) -> list[list[Component]]:
-    """Everything, nothing, the circuit, the circuit without each node, random circuits."""
-    kept, rng = circuit.nodes, random.Random(seed)
-    without = [leave_out(kept, {node}) for node in kept]
-    draws = [sorted(random_nodes(nodes, circuit, rng, "size")) for _ in range(n_random)]
-    return [nodes, [], kept, *without, *draws]
+def _measurable(ablation: Ablation, metrics: Sequence[Metric]) -> tuple[list[Metric], list[str]]:
+    """Metrics by which the full model does the task; and why the others are none of them."""
+    found: list[Metric] = []
+    reasons = []
+    for metric in metrics:
+        try:
+            full_metric(ablation.clean_by_metric[metric], ablation.task, metric)
+            found.append(metric)
+        except TaskError as error:
+            reasons.append(str(error))
+    return found, reasons
+
+
+@dataclass(frozen=True)
+class _Sets:
+    """What is kept in the rows of a convention."""
+
+    nodes: list[Component]
+    """Those of the circuit."""
+    draws: list[list[Component]]
+    """Random circuits."""
+
+    @classmethod
+    def drawn(cls, nodes: list[Component], circuit: Circuit, n_random: int, seed: int) -> _Sets:
+        """With random circuits drawn from `nodes`."""
+        rng = random.Random(seed)
+        return cls(circuit.nodes, [sorted(random_nodes(nodes, circuit, rng, "size")) for _ in range(n_random)])
+
+    def values(self, ablation: Ablation) -> dict[Metric, Float[Tensor, "set prompt"]]:
+        """Each metric with everything kept, nothing, the circuit, the circuit without each node, random circuits."""
+        parts = [
+            ablation.values_by_metric([(), ablation.complement(())]),
+            # What the circuit lacks is removed once: without a node too, only the layers from it on are computed.
+            ablation.values_by_metric([(), *([node] for node in self.nodes)], ablation.complement(self.nodes)),
+            ablation.values_by_metric([ablation.complement(draw) for draw in self.draws]),
+        ]
+        return {metric: torch.cat([part[metric] for part in parts]) for metric in parts[0]}
 
 
 @dataclass(frozen=True)
@@ -243,20 +308,21 @@ class _Measured:
 
     @classmethod
     def of(
-        cls, ablation: Ablation, sets: Sequence[Sequence[Component]], circuit: Circuit, n_resamples: int, seed: int
+        cls, values: Float[Tensor, "set prompt"], metric: Metric, n_nodes: int, n_resamples: int, seed: int
     ) -> _Measured:
-        values = ablation.kept_values(sets)
-        means = torch.cat(
-            [values.mean(1, keepdim=True), resampled_means(values, n_resamples=n_resamples, seed=seed)], 1
-        )
+        """From the values of `_Sets`, of a circuit of so many nodes."""
+        drawn = resampled_means(values, n_resamples=n_resamples, seed=seed)
+        means = torch.cat([values.mean(1, keepdim=True), drawn], 1)
         full, nothing, kept = means[:3]
         points = 100 * (means[2:] - nothing) / (full - nothing)
-        # KL counts what is lost: the full model has least of it.
-        usable = nothing > full if ablation.metric == "kl" else full > nothing
-        score = float(100 * ablation.share(kept[0], full[0]))
-        n = len(circuit)
         return cls(
-            score, float(full[0] - nothing[0]), usable, points[0], points[0] - points[1 : n + 1], points[n + 1 :]
+            score=float(100 * share_left(metric, kept[0], full[0])),
+            at_stake=float(full[0] - nothing[0]),
+            # KL counts what is lost: the full model has least of it.
+            usable=nothing > full if metric == "kl" else full > nothing,
+            recovered=points[0],
+            drops=points[0] - points[1 : n_nodes + 1],
+            random=points[n_nodes + 1 :],
         )
 
     @property

@@ -20,11 +20,12 @@ from subcircuit.analysis.drawing import words
 from subcircuit.analysis.edges import prune_edges
 from subcircuit.analysis.evaluation import evaluate_circuit
 from subcircuit.analysis.faithfulness import Ablation
-from subcircuit.analysis.figures import curve_figure
+from subcircuit.analysis.figures import curve_figure, matrix_figure
 from subcircuit.analysis.head_profile import head_profiles
 from subcircuit.analysis.heads import head_roles
 from subcircuit.analysis.lens import lens
 from subcircuit.analysis.measures import Measure
+from subcircuit.analysis.sensitivity import CHOICES, CONCLUSIONS, Outcome, Sensitivity, sensitivity
 from subcircuit.analysis.sweep import Scores
 from subcircuit.analysis.tasks import Task
 from subcircuit.analysis.transfer import transfer
@@ -40,6 +41,9 @@ N_ROWS = 25
 N_PATTERNS = 4
 """Heads whose attention is drawn."""
 N_KNOCKOUTS = 10
+N_SENSITIVITY_RANDOM = 5
+SENSITIVITY_SCOPES = ("all", "members", "last")
+"""From the first difference on is all there is to corrupt, so that scope would say little more than `all`."""
 N_TRANSFER_PROMPTS = 8
 N_TRANSFER_RANDOM = 10
 
@@ -86,6 +90,7 @@ class Subject:
     executor: Executor
     n_random: int
     n_edge_prompts: int
+    n_sensitivity_prompts: int
     repeated: Callable[[], Mapping[str, Measure]]
     """`heads.repeated_measures` of the model, the same for all tasks."""
 
@@ -250,8 +255,81 @@ def lens_stage(subject: Subject, progress: Progress) -> Section:
     return Section("By layer", tuple(sentences), (table,), figures, data)
 
 
+def sensitivity_stage(subject: Subject, progress: Progress) -> Section:
+    """What holds of the circuit under every source, metric and scope, on the first `n_sensitivity_prompts` prompts."""
+    n = min(subject.task.n, subject.n_sensitivity_prompts)
+    found = sensitivity(
+        subject.model,
+        {f"{n} prompts": subject.task.subset(range(n))},
+        subject.circuit,
+        scopes=SENSITIVITY_SCOPES,
+        threshold=subject.circuit.settings["threshold"],
+        n_random=N_SENSITIVITY_RANDOM,
+        seed=subject.seed,
+        executor=subject.executor,
+        precision=subject.precision,
+        progress=progress,
+    )
+    groups = {"all": found.survival()}
+    for choice in [choice for choice in CHOICES if choice != "prompts"]:
+        groups |= {f"{choice} {words(value)}": counts for value, counts in found.survival_by(choice).items()}
+    tables = (
+        Table(
+            "Under how many conventions each conclusion holds, of those that allow one.",
+            ("conventions", *CONCLUSIONS),
+            [[name, *(f"{held} of {n_all}" for held, n_all in counts.values())] for name, counts in groups.items()],
+        ),
+        Table(
+            "Every convention: points recovered with their 95 % interval, the best random circuit, the node that costs "
+            "least, and ρ of the ranking of nodes with the first one's. A dash: nothing to recover.",
+            ("source", "metric", "scope", "recovered", "low", "high", "random", "least", "costs", "ρ"),
+            [_convention_row(outcome) for outcome in found.outcomes],
+            digits=1,
+        ),
+    )
+    shares = [
+        [held / n_all if n_all else float("nan") for held, n_all in counts.values()] for counts in groups.values()
+    ]
+    columns = [name.replace(" ", "_") for name in CONCLUSIONS]
+    title = f"{words(subject.task.name)}: share of conventions under which it holds"
+    figure = matrix_figure(shares, list(groups), columns, title, "{:.0%}")
+    data = {name: value for name, value in found.to_dict().items() if name != "circuit"} | {"n_prompts": n}
+    return Section("Sensitivity", _surviving(found, n), tables, {"survival": figure}, data)
+
+
+def _surviving(found: Sensitivity, n_prompts: int) -> tuple[str, ...]:
+    """Sentences: what was varied, what holds in any case, and on what the rest hangs."""
+    tried = [f"{len(found.survival_by(choice))} {choice}s" for choice in ("source", "metric", "scope")]
+    n_all = max(total for _, total in found.survival().values())
+    sentences = [
+        f"The circuit under {len(found.outcomes)} conventions, {', '.join(tried)}, on {n_prompts} prompts and "
+        f"bootstrap resamples of them. In {n_all} there surely is something to recover.",
+    ]
+    always = found.surviving()
+    held = ", ".join(found.meaning(name) for name in always)
+    sentences.append(f"What holds under all of these: {held}." if always else "No conclusion survives all of these.")
+    for name in [name for name in CONCLUSIONS if name not in always]:
+        n_held, n_asked = found.survival()[name]
+        weakest = found.weakest(name)
+        where = ""
+        if weakest is not None:
+            choice, value, n_there, n_asked_there = weakest
+            where = f", least by {choice} {words(value)} ({n_there} of {n_asked_there})"
+        sentences.append(f"{found.meaning(name)} holds in {n_held} of {n_asked}{where}.")
+    return (*sentences, *(f"Left out: {note}." for note in found.notes))
+
+
+def _convention_row(outcome: Outcome) -> list[Cell]:
+    convention = outcome.convention
+    recovered = outcome.recovered or (None, None, None)
+    least = outcome.least_drop or (None, None)
+    how = [words(part) for part in (convention.source, convention.metric, convention.scope)]
+    return [*how, *recovered, outcome.random_most, *least, outcome.rank_correlation]
+
+
 TASK_STAGES: dict[str, Callable[[Subject, Progress], Section]] = {
     "faithfulness": faithfulness_stage,
+    "sensitivity": sensitivity_stage,
     "edges": edges_stage,
     "roles": roles_stage,
     "lens": lens_stage,

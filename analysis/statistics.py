@@ -172,18 +172,8 @@ def hypergeometric_pmf(n_all: int, n_a: int, n_b: int) -> Float[Tensor, " overla
     return torch.tensor(logs, dtype=torch.float64).exp()
 
 
-def hypergeometric_p(overlap: int, n_all: int, n_a: int, n_b: int) -> float:
-    """P(overlap at least so large) of two sets of n_a and n_b drawn from n_all things: Fisher's exact test."""
-    return tail_p(overlap, hypergeometric_pmf(n_all, n_a, n_b))
-
-
-def expected_jaccard(n_all: int, n_a: int, n_b: int) -> float:
-    """Mean Jaccard index of two sets of n_a and n_b drawn independently from n_all things; 1 for two empty sets."""
-    return jaccard_mean(hypergeometric_pmf(n_all, n_a, n_b), n_a, n_b)
-
-
 def tail_p(overlap: int, pmf: Float[Tensor, " overlap"]) -> float:
-    """P(at least `overlap`) by a distribution over 0, 1, …"""
+    """P(at least `overlap`) by a distribution over 0, 1, …; of `hypergeometric_pmf` that is Fisher's exact test."""
     return min(1.0, float(pmf[overlap:].sum()))
 
 

@@ -8,13 +8,15 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, get_args
 
+from subcircuit.analysis.baselines import random_baseline
 from subcircuit.analysis.circuit import Circuit, intersection, union
 from subcircuit.analysis.compare import cross_task_scores, jaccard_matrix
 from subcircuit.analysis.discover import discover
-from subcircuit.analysis.faithfulness import Ablation, node_drops, random_circuits
+from subcircuit.analysis.faithfulness import Ablation, node_drops
 from subcircuit.analysis.heads import repeated_measures
 from subcircuit.analysis.measures import Measure
 from subcircuit.analysis.metrics import final_logits, is_top, logit_difference
+from subcircuit.analysis.overlap import Kind, overlap_matrix
 from subcircuit.analysis.pruning import Direction
 from subcircuit.analysis.records import (
     csv_text,
@@ -52,8 +54,9 @@ class StudySettings:
     """What a study depends on; a run is resumed only with the same ones.
 
     `n_random` is how many random circuits are scored per task; None is 50 for a small model and 10 for another.
-    `n_edge_prompts` is how many prompts edges are patched on. `stages` are what is asked of each circuit once it is
-    found (`analysis.stages.STAGES`); a run may be resumed with others.
+    `n_edge_prompts` is how many prompts edges are patched on. `n_sensitivity_prompts` is on how many a circuit is
+    measured under every convention; None is all for a small model and 4 for another. `stages` are what is asked of each
+    circuit once it is found (`analysis.stages.STAGES`); a run may be resumed with others.
     """
 
     models: tuple[str, ...]
@@ -72,6 +75,7 @@ class StudySettings:
     device: str = "cpu"
     n_random: int | None = None
     n_edge_prompts: int = 8
+    n_sensitivity_prompts: int | None = None
     stages: tuple[str, ...] = STAGES
 
 
@@ -161,7 +165,7 @@ def _check_options(settings: StudySettings) -> None:
     for stage in settings.stages:
         if stage not in STAGES:
             raise PatchError(f"stage {stage!r} is not known; expected some of {', '.join(STAGES)}")
-    for name in ("n", "max_sweeps", "n_random", "n_edge_prompts"):
+    for name in ("n", "max_sweeps", "n_random", "n_edge_prompts", "n_sensitivity_prompts"):
         value = getattr(settings, name)
         if value is not None and value < 1:
             raise PatchError(f"{name} is {value}; expected at least 1")
@@ -332,6 +336,7 @@ class _ModelStudy:
             settings.executor,
             self._n_random,
             settings.n_edge_prompts,
+            self._n_sensitivity_prompts,
             lambda: self._repeated,
         )
         for stage, ask in TASK_STAGES.items():
@@ -366,7 +371,17 @@ class _ModelStudy:
     def _n_random(self) -> int:
         if self.settings.n_random is not None:
             return self.settings.n_random
-        return 50 if self.model.config.n_params <= SMALL_MODEL else 10
+        return 50 if self._is_small else 10
+
+    @property
+    def _n_sensitivity_prompts(self) -> int:
+        if self.settings.n_sensitivity_prompts is not None:
+            return self.settings.n_sensitivity_prompts
+        return self.settings.n if self._is_small else 4
+
+    @property
+    def _is_small(self) -> bool:
+        return self.model.config.n_params <= SMALL_MODEL
 
     def _ablation(self, task: Task) -> Ablation:
         return Ablation(self.model, task, executor=self.settings.executor, precision=self.settings.precision)
@@ -424,7 +439,7 @@ class _ModelStudy:
     def _results(self, file: str, name: str, task: Task, scores: Scores, circuit: Circuit, ablation: Ablation) -> None:
         with self._stage(f"{name}, drops and random circuits") as step:
             drops = node_drops(ablation, circuit)
-            baseline = random_circuits(ablation, circuit, self._n_random, seed=self.settings.seed, progress=step)
+            baseline = random_baseline(ablation, circuit, self._n_random, seed=self.settings.seed, progress=step)
         self.directory.write_json(
             file,
             {
@@ -437,9 +452,12 @@ class _ModelStudy:
                 "mlps": scores.mlps().tolist(),
                 "clean_mean": float(scores.clean_metric.mean()),
                 "drops": drops,
-                "random_scores": baseline,
+                "random_scores": baseline.scores.tolist(),
             },
         )
+
+    def _overlaps(self, circuits: Sequence[Circuit], kind: Kind) -> list[list[dict[str, Any]]]:
+        return [[each.to_dict() for each in row] for row in overlap_matrix(circuits, self.model.config, kind)]
 
     def _compare(self) -> None:
         file = f"results/{self.slug}.compare.json"
@@ -456,6 +474,8 @@ class _ModelStudy:
                 "tasks": names,
                 "jaccard_heads": jaccard_matrix(circuits, "heads").tolist(),
                 "jaccard_nodes": jaccard_matrix(circuits).tolist(),
+                "overlap_heads": self._overlaps(circuits, "heads"),
+                "overlap_nodes": self._overlaps(circuits, "nodes"),
                 "cross_task": table,
                 "cross_task_columns": [*names, "shared", "union"],
                 "shared": {"heads": shared.heads, "mlps": shared.mlps},

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
         verify_edges,
     )
     from subcircuit.analysis.evaluation import Evaluation, circuits_scored, evaluate_circuit
-    from subcircuit.analysis.faithfulness import Ablation, node_drops, random_circuits, score
+    from subcircuit.analysis.faithfulness import Ablation, node_drops, score
     from subcircuit.analysis.features import feature_scores, firing_tokens
     from subcircuit.analysis.gradients import gradient_scores
     from subcircuit.analysis.heads import HeadRoles, head_roles, shared_roles
@@ -137,7 +137,6 @@ _HOMES = {
     "analysis.faithfulness": (
         "Ablation",
         "node_drops",
-        "random_circuits",
         "score",
     ),
     "analysis.features": (
@@ -326,7 +325,6 @@ __all__ = [
     "prune_edges",
     "prune_nodes",
     "random_baseline",
-    "random_circuits",
     "save_dictionary",
     "score",
     "screen",

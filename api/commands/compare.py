@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 import subcircuit as sc
+from subcircuit.circuits import load_circuits, warn_of_other_model
 from subcircuit.console import new_table, out
 from subcircuit.options import DeviceOption, DtypeOption, JsonOption, NOption, SeedOption, SourceOption, TemplateOption
 
@@ -41,12 +42,15 @@ def compare(
     from subcircuit.analysis.compare import compare_circuits
     from subcircuit.engine.threads import suitable_threads
 
-    circuits = _named([sc.Circuit.load(file) for file in files], files)
+    saved = load_circuits(files)
+    circuits = _named(saved, files)
     models = {
         name: sc.load(name, dtype=dtype, device=device)
         for name in dict.fromkeys(_model_of(circuit, name, model) for name, circuit in circuits.items())
     }
     owner = {name: models[_model_of(circuit, name, model)] for name, circuit in circuits.items()}
+    if model is not None:
+        warn_of_other_model(saved, models[model])
     comparison = compare_circuits({name: (circuit, owner[name].config) for name, circuit in circuits.items()})
     scored: Scored = {}
     for each in models.values():
@@ -67,14 +71,14 @@ def _model_of(circuit: sc.Circuit, name: str, model: str | None) -> str:
     return model or circuit.model
 
 
-def _named(circuits: list[sc.Circuit], files: list[Path]) -> dict[str, sc.Circuit]:
+def _named(saved: dict[Path, sc.Circuit], files: list[Path]) -> dict[str, sc.Circuit]:
     """Circuits by file name, with the folder where two have the same."""
     stems = [file.stem for file in files]
     unique = len(set(stems)) == len(stems)
     names = stems if unique else [str(file) for file in files]
     if len(set(names)) < len(names):
         raise typer.BadParameter(f"a circuit is given twice: {', '.join(names)}")
-    return dict(zip(names, circuits, strict=True))
+    return dict(zip(names, saved.values(), strict=True))
 
 
 def _scored(

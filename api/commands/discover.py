@@ -69,10 +69,15 @@ def discover(
     metric: Annotated[
         Metric | None, typer.Option(help="What scores are made of: logit_difference; all but eap and eap-ig.")
     ] = None,
-    edges: Annotated[bool, typer.Option("--edges", help="Prune the circuit's edges too, by path patching.")] = False,
+    edges: Annotated[
+        bool, typer.Option("--edges", help="Prune edges too, by path patching and logit difference.")
+    ] = False,
     edge_threshold: Annotated[
-        float, typer.Option(help="An edge stays if its patch leaves less than this share of the logit difference.")
-    ] = 0.8,
+        float | None,
+        typer.Option(
+            help="With --edges: one stays if its patch leaves less than this share of the logit difference, 0.8."
+        ),
+    ] = None,
     precision: Annotated[Precision | None, typer.Option(help="Of the products of differences: fp32.")] = None,
     executor: Annotated[Executor | None, typer.Option(help="torch, triton (on a GPU) or reference.")] = None,
     dtype: DtypeOption = "float32",
@@ -104,6 +109,10 @@ def discover(
     )
     if edges and dictionaries:
         raise typer.BadParameter("--edges leads between heads and MLPs; expected no --dictionary with it")
+    if edges and method in _OF_EDGES:
+        raise typer.BadParameter(f"method {method!r} finds edges itself; expected --edges with prune or masks")
+    if edge_threshold is not None and not edges:
+        raise typer.BadParameter("--edge-threshold is of edges that are pruned; expected --edges with it")
     loaded = with_dictionaries(sc.load(model, dtype=dtype, device=device), dictionaries, hooks)
     prompts = sc.task(task, loaded, n=n, seed=seed, template=template, filter=only_answered)
     with progress_bars(quiet) as progress, suitable_threads(loaded):
@@ -114,15 +123,14 @@ def discover(
             progress=lambda done, total: progress(_WHAT.get(method, "edges"), done, total),
             **asked,
         )
-        if edges and not circuit.edges:
+        if edges:
             circuit = sc.prune_edges(
                 loaded,
                 prompts,
                 circuit,
-                edge_threshold,
                 both_sides=both_sides,
                 progress=lambda done, total: progress("paths", done, total),
-                **_given(**how),
+                **_given(**how, threshold=edge_threshold),
             )
     if circuit_file is not None:
         text = circuit_text(circuit, circuit_file.suffix, loaded.config.group_size)
@@ -130,6 +138,7 @@ def discover(
     print(circuit.to_json() if as_json else str(circuit))
 
 
+_OF_EDGES = ("acdc", "eap", "eap-ig", "edge-masks")
 _WHAT = {"prune": "pruning", "masks": "learning", "edge-masks": "learning"}
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 import subcircuit as sc
+from subcircuit.circuits import load_circuits, warn_of_other_model
 from subcircuit.console import new_table, out, progress_bars
 from subcircuit.options import (
     CircuitOption,
@@ -64,11 +65,13 @@ def faithfulness(
     from subcircuit.analysis.evaluation import evaluate_circuit
     from subcircuit.engine.threads import suitable_threads
 
-    circuit = None if circuit_file is None else sc.Circuit.load(circuit_file)
+    saved = load_circuits([] if circuit_file is None else [circuit_file])
     loaded = with_dictionaries(sc.load(model, dtype=dtype, device=device), dictionaries, hooks)
+    warn_of_other_model(saved, loaded)
     prompts = sc.task(task, loaded, n=n, seed=seed, template=template, filter=only_answered)
     with progress_bars(quiet) as progress, suitable_threads(loaded):
         ablation = sc.Ablation(loaded, prompts, metric=metric.value, source=source)
+        circuit = saved.get(circuit_file) if circuit_file else None
         if circuit is None:
             circuit = sc.discover(loaded, prompts, progress=lambda done, total: progress("pruning", done, total))
         found = evaluate_circuit(ablation, circuit, n_knockouts=n_knockouts, greedy=greedy, seed=seed)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import subcircuit as sc
+from subcircuit.circuits import load_circuits, warn_of_other_model
 from subcircuit.console import new_table, out, progress_bars
 from subcircuit.options import (
     TASKS,
@@ -63,8 +64,10 @@ def heads(
     from subcircuit.engine.threads import suitable_threads
 
     names = [name.strip() for name in tasks.split(",") if name.strip()]
-    circuits = [sc.Circuit.load(file) for file in circuit or []]
+    saved = load_circuits(circuit or [])
     loaded = sc.load(model, dtype=dtype, device=device)
+    warn_of_other_model(saved, loaded)
+    circuits = list(saved.values())
     built = {
         name: sc.task(name, loaded, n=n, seed=seed, template=template, filter=only_answered)
         for name in dict.fromkeys(names)

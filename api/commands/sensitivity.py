@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, cast
 import typer
 
 import subcircuit as sc
+from subcircuit.circuits import load_circuits, warn_of_other_model
 from subcircuit.console import new_table, out, progress_bars
 from subcircuit.options import (
     CircuitOption,
@@ -61,13 +62,15 @@ def sensitivity(
     from subcircuit.analysis import sensitivity as conventions
     from subcircuit.engine.threads import suitable_threads
 
-    circuit = None if circuit_file is None else sc.Circuit.load(circuit_file)
+    saved = load_circuits([] if circuit_file is None else [circuit_file])
     loaded = with_dictionaries(sc.load(model, dtype=dtype, device=device), dictionaries, hooks)
+    warn_of_other_model(saved, loaded)
     draws = {
         f"seed {each}": sc.task(task, loaded, n=n, seed=each, template=template, filter=only_answered)
         for each in range(seed, seed + n_seeds)
     }
     with progress_bars(quiet) as progress, suitable_threads(loaded):
+        circuit = saved.get(circuit_file) if circuit_file else None
         if circuit is None:
             circuit = sc.discover(
                 loaded,
@@ -115,6 +118,11 @@ def _print(found: Sensitivity) -> None:
             counts.add_row(f"{choice} {value}", *map(_count, survival.values()))
     out.print(counts)
     out.print(f"Survives all: {', '.join(found.surviving()) or 'nothing'}")
+    for name in CONCLUSIONS:
+        weakest = found.weakest(name)
+        if weakest is not None:
+            choice, value, n_held, n_asked = weakest
+            out.print(f"{name}: least by {choice} {value} ({n_held} of {n_asked})")
     for note in found.notes:
         out.print(f"Left out: {note}")
 

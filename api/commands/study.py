@@ -60,8 +60,19 @@ def study(
     n_edge_prompts: Annotated[
         int, typer.Option("--edge-prompts", min=1, help="Prompts that edges are patched on.")
     ] = 8,
+    n_sensitivity_prompts: Annotated[
+        int | None,
+        typer.Option(
+            "--sensitivity-prompts",
+            min=1,
+            help="Prompts to measure on under every convention; all for a small model, else 4.",
+        ),
+    ] = None,
     stages: Annotated[
-        str, typer.Option(help="Asked of each circuit: faithfulness, edges, roles, lens, transfer; all or none.")
+        str,
+        typer.Option(
+            help="Asked of each circuit: faithfulness, sensitivity, edges, roles, lens, transfer; all or none."
+        ),
     ] = "all",
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run that is there.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete the run that is there.")] = False,
@@ -86,6 +97,7 @@ def study(
         device=device,
         n_random=n_random,
         n_edge_prompts=n_edge_prompts,
+        n_sensitivity_prompts=n_sensitivity_prompts,
         stages=_stages(stages),
     )
     command = shlex.join(["subcircuit", *sys.argv[1:]])

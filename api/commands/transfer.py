@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import subcircuit as sc
+from subcircuit.circuits import load_circuits, warn_of_other_model
 from subcircuit.console import new_table, out, progress_bars
 from subcircuit.options import DeviceOption, DtypeOption, JsonOption, ModelOption, NOption, QuietOption, SeedOption
 
@@ -51,8 +52,10 @@ def transfer(
     from subcircuit.analysis.transfer_figures import transfer_figure
     from subcircuit.engine.threads import suitable_threads
 
-    circuits = _circuits(circuit or [], heads or [])
+    saved = load_circuits(circuit or [])
+    circuits = _circuits(saved, heads or [])
     loaded = sc.load(model, dtype=dtype, device=device)
+    warn_of_other_model(saved, loaded)
     with progress_bars(quiet) as progress, suitable_threads(loaded):
         found = sc.transfer(
             loaded,
@@ -75,13 +78,12 @@ def transfer(
         out.print(f"\nFigure: {figure_file}")
 
 
-def _circuits(files: list[Path], heads: list[str]) -> dict[str, Circuit]:
+def _circuits(saved: dict[Path, Circuit], heads: list[str]) -> dict[str, Circuit]:
     """By the task each was found on, or its file's name where tasks are the same; and what several files share."""
-    loaded = [sc.Circuit.load(file) for file in files]
-    tasks = [circuit.task or file.stem for circuit, file in zip(loaded, files, strict=True)]
-    names = [task if tasks.count(task) == 1 else str(file) for task, file in zip(tasks, files, strict=True)]
-    circuits = dict(zip(names, loaded, strict=True))
-    shared = sc.intersection(loaded) if len(circuits) > 1 else None
+    tasks = [circuit.task or file.stem for file, circuit in saved.items()]
+    names = [task if tasks.count(task) == 1 else str(file) for task, file in zip(tasks, saved, strict=True)]
+    circuits = dict(zip(names, saved.values(), strict=True))
+    shared = sc.intersection(list(saved.values())) if len(circuits) > 1 else None
     if shared is not None and shared.heads:
         circuits["shared"] = shared
     circuits |= {each: sc.Circuit.of_nodes(part.strip() for part in each.split(",")) for each in heads}

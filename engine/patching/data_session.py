@@ -17,7 +17,7 @@ from subcircuit.engine.errors import PatchError
 from subcircuit.engine.model import HookedTransformer
 from subcircuit.engine.patching.delta import DeltaRun, Departures, LayerWeights
 from subcircuit.engine.patching.memory import Layout, Sizes, copied_bytes, fits, halves, keep_freed_memory
-from subcircuit.engine.patching.metric import Metric, check_metric
+from subcircuit.engine.patching.metric import Metrics, check_metric, metric_shape
 from subcircuit.engine.patching.options import (
     DeltaExecutor,
     Precision,
@@ -50,9 +50,10 @@ Count = Callable[[int], None]
 class Effects:
     """What patch sets did to the metric of each prompt."""
 
-    effects: Float[Tensor, "set prompt"]
-    """metric(patched row) − metric(clean run of that prompt), of the prediction after the last position."""
-    clean_metric: Float[Tensor, "prompt"]
+    effects: Float[Tensor, "set prompt *metric"]
+    """metric(patched row) − metric(clean run of that prompt), of the prediction after the last position. Where several
+    metrics were asked for, a last dimension has them in their order."""
+    clean_metric: Float[Tensor, "prompt *metric"]
     n_precise: int = 0
     """Rows whose δ was too large for products in bfloat16, and which were computed in float32 instead."""
     n_full: int = 0
@@ -80,7 +81,7 @@ class DataSession:
     activations are kept for as many prompts as `budget_bytes` holds beside the rows in work (`default_budget` if None);
     with more prompts than that, each call runs the clean prompts anew, chunk by chunk. Prompts that start to differ
     from their corrupted twins at different positions are run apart where that saves more than it costs. `metric` is one
-    of `engine.patching.metric`.
+    of `engine.patching.metric`, or a tuple of them to be read from the same rows.
 
     Where memory runs out all the same, the chunk in work is cut in two and run again: rows first, then prompts.
 
@@ -98,7 +99,7 @@ class DataSession:
         source: Source = "corrupted",
         executor: DeltaExecutor = "torch",
         precision: Precision = "fp32",
-        metric: Metric = "logit_difference",
+        metric: Metrics = "logit_difference",
         budget_bytes: int | None = None,
     ) -> None:
         check_prompts(model, prompts)
@@ -178,14 +179,15 @@ class DataSession:
     def _over_prompts(
         self,
         n_sets: int,
-        run_sets: Callable[[DeltaRun, Float[Tensor, "set prompt"], Count], tuple[int, int]],
+        run_sets: Callable[[DeltaRun, Float[Tensor, "set prompt *metric"], Count], tuple[int, int]],
         progress: Progress | None,
     ) -> Effects:
         """Effects of sets on every prompt. `run_sets` computes those of one chunk of prompts into their places, and
         returns how many sets it had to compute again in float32, and in full."""
-        effects = torch.zeros(n_sets, self.n_prompts, dtype=self.model.dtype, device=self.model.device)
-        clean_metric = torch.empty(self.n_prompts, dtype=self.model.dtype, device=self.model.device)
-        count, n_halvings = Counter(effects.numel(), progress), self._n_halvings
+        shape = metric_shape(self.n_prompts, self.metric)
+        effects = torch.zeros(n_sets, *shape, dtype=self.model.dtype, device=self.model.device)
+        clean_metric = torch.empty(shape, dtype=self.model.dtype, device=self.model.device)
+        count, n_halvings = Counter(n_sets * self.n_prompts, progress), self._n_halvings
         n_precise = n_full = 0
 
         def run_chunk(prompts: PromptChunk) -> None:

@@ -37,7 +37,7 @@ from subcircuit.engine.model import HookedTransformer
 from subcircuit.engine.patching.answers import token_sets
 from subcircuit.engine.patching.compile import HookPatch, compile_masks, hook_patches, patched
 from subcircuit.engine.patching.features import FeaturePatch, feature_patches
-from subcircuit.engine.patching.metric import Metric, MetricReadout
+from subcircuit.engine.patching.metric import Metrics, readout_of
 from subcircuit.engine.patching.plan import Start, last_changed
 from subcircuit.engine.patching.sites import PatchSet
 from subcircuit.engine.patching.sources import AlignedPrompts, PromptChunk, Sources, activations
@@ -172,7 +172,7 @@ class DeltaRun:
         chunk: PromptChunk,
         sources: Sources,
         backend: Backend = "torch",
-        metric: Metric = "logit_difference",
+        metric: Metrics = "logit_difference",
     ) -> None:
         self.model, self.weights, self.chunk, self.sources = model, weights, chunk, sources
         self.config = model.config
@@ -185,7 +185,7 @@ class DeltaRun:
             self._rotation = rope_tables(rope_frequencies(self.config), positions, model.dtype)
         self._run_clean()
         answers, wrongs = (tokens[chunk] for tokens in token_sets(prompts))
-        self.readout = MetricReadout(model, self.final, answers, wrongs, metric, backend)
+        self.readout = readout_of(model, self.final, answers, wrongs, metric, backend)
         self._base: PatchSet = ()
         self._base_first = 0
         self._base_deltas: list[Split] = []
@@ -226,7 +226,7 @@ class DeltaRun:
         )
 
     @property
-    def clean_metric(self) -> Float[Tensor, "prompt"]:
+    def clean_metric(self) -> Float[Tensor, "prompt *metric"]:
         return self.readout.clean
 
     def covers(self, names: Sequence[str]) -> bool:
@@ -300,15 +300,15 @@ class DeltaRun:
         resid, product = (part if part is None or part.shape[0] == 1 else part[at] for part in rows.delta)
         return Rows(sets, patches, (resid, product), rows.layer, rows.first)
 
-    def leave(self, rows: Rows) -> Float[Tensor, "set prompt"]:
+    def leave(self, rows: Rows) -> Float[Tensor, "set prompt *metric"]:
         """Run patch sets through the layers above and read their effects."""
         delta = rows.delta
         for layer in range(rows.layer, self.config.n_layers):
             delta = self._block(layer, delta, rows.patches, rows.first)
         final = _joined((_last(delta[0]), _last(delta[1])))
         if final is None:
-            return self.final.new_zeros(len(rows.patch_sets), self.n_prompts)
-        return self.readout.effects(final).expand(len(rows.patch_sets), -1)
+            return self.final.new_zeros(len(rows.patch_sets), *self.clean_metric.shape)
+        return self.readout.effects(final).expand(len(rows.patch_sets), *self.clean_metric.shape)
 
     def with_weights(self, weights: Callable[[int], LayerWeights], product_dtype: torch.dtype) -> DeltaRun:
         """The same clean run with the products in another precision, and no base."""

@@ -149,7 +149,9 @@ class EdgeSession(DataSession):
             propagate = partial(self._follow, edges, freeze, base, self._first(run, [base]), effects)
             precise, full = self._repeating(run, len(edges), bool(base), propagate, count)
             if full:
-                reference = EdgeReference(self.model, self.prompts, run.chunk, self._sources, base, self.metric)
+                reference = EdgeReference(
+                    self.model, self.prompts, run.chunk, self._sources, base, cast(Metric, self.metric)
+                )
                 for i in full:
                     effects[i, run.chunk] = reference.along_path(edges[i], freeze) - run.clean_metric
             return len(precise), len(full)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from subcircuit.engine.config import ModelConfig
 from subcircuit.engine.patching.compile import MaskArray, Masks, one_head_each, replaces_all
-from subcircuit.engine.patching.metric import Metric
+from subcircuit.engine.patching.metric import Metrics, each_metric
 
 
 @dataclass(frozen=True)
@@ -55,9 +55,9 @@ def clean_flops(config: ModelConfig, n_pos: int, n_layers: int) -> Flops:
     return Flops(2 * n_weights * n_pos, 4 * n_q * n_pos**2) * n_layers
 
 
-def readout_flops(config: ModelConfig, metric: Metric) -> int:
-    """FLOPs of one final residual stream times W_U, where the metric needs the whole vocabulary."""
-    return 0 if metric == "logit_difference" else 2 * config.d_model * config.d_vocab
+def readout_flops(config: ModelConfig, metric: Metrics) -> int:
+    """FLOPs of one final residual stream times W_U, for every metric that needs the whole vocabulary."""
+    return sum(2 * config.d_model * config.d_vocab for each in each_metric(metric) if each != "logit_difference")
 
 
 @dataclass(frozen=True)

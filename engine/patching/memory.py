@@ -14,7 +14,7 @@ from torch import Tensor
 from subcircuit.engine.config import ModelConfig
 from subcircuit.engine.dictionary import SparseDictionary
 from subcircuit.engine.model import HookedTransformer
-from subcircuit.engine.patching.metric import Metric, clean_readout_bytes
+from subcircuit.engine.patching.metric import Metrics, clean_readout_bytes
 from subcircuit.engine.patching.plan import TOKENS_PER_CHUNK, prompt_chunks
 from subcircuit.engine.patching.sources import PromptChunk, SourceKey, tail_shape
 
@@ -37,7 +37,7 @@ class Sizes:
     """Of the operands of the δ products."""
     fused: bool
     """Whether the elementwise steps are C or Triton kernels, which write nothing but their results."""
-    metric: Metric = "logit_difference"
+    metric: Metrics = "logit_difference"
     dictionaries: Mapping[str, SparseDictionary] = field(default_factory=dict)
 
     def clean_layer(self) -> int:

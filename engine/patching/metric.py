@@ -14,6 +14,7 @@ only the KL and the likeliest token need the whole vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal, get_args
 
 import torch
@@ -32,17 +33,30 @@ from subcircuit.kernels.vocabulary import kl_readout, top_readout
 
 Metric = Literal["logit_difference", "log_probability", "kl", "accuracy"]
 METRICS: tuple[Metric, ...] = get_args(Metric)
+Metrics = Metric | tuple[Metric, ...]
+"""One metric of every row, or several read from the same rows, which then stand in a last dimension."""
 
 
-def check_metric(metric: str) -> None:
+def each_metric(metric: Metrics) -> tuple[Metric, ...]:
+    """The metrics one by one."""
+    return metric if isinstance(metric, tuple) else (metric,)
+
+
+def metric_shape(n_prompts: int, metric: Metrics) -> tuple[int, ...]:
+    """[prompt], or [prompt, metric] for several."""
+    return (n_prompts, len(metric)) if isinstance(metric, tuple) else (n_prompts,)
+
+
+def check_metric(metric: str | tuple[str, ...]) -> None:
     """Raises PatchError for a metric that does not exist."""
-    if metric not in METRICS:
-        raise PatchError(f"metric {metric!r} is not known; expected one of {', '.join(METRICS)}")
+    for name in metric if isinstance(metric, tuple) else (metric,):
+        if name not in METRICS:
+            raise PatchError(f"metric {name!r} is not known; expected one of {', '.join(METRICS)}")
 
 
-def clean_readout_bytes(config: ModelConfig, metric: Metric, element_size: int) -> int:
-    """Bytes of the clean probabilities of one prompt, where the metric needs them."""
-    return 0 if metric == "logit_difference" else config.d_vocab * element_size
+def clean_readout_bytes(config: ModelConfig, metric: Metrics, element_size: int) -> int:
+    """Bytes of the clean probabilities of one prompt, for every metric that needs them."""
+    return sum(config.d_vocab * element_size for each in each_metric(metric) if each != "logit_difference")
 
 
 def measure(
@@ -50,12 +64,14 @@ def measure(
     clean_logits: Float[Tensor, "prompt d_vocab"] | None,
     answers: TokenSet,
     wrongs: TokenSet,
-    metric: Metric,
-) -> Float[Tensor, "prompt"]:
+    metric: Metrics,
+) -> Float[Tensor, "prompt *metric"]:
     """A metric by its definition, from logits; at least in float32, but for a difference of the logits themselves.
 
     `clean_logits` are those of the clean run, or its log-probabilities; only `kl` needs them.
     """
+    if isinstance(metric, tuple):
+        return torch.stack([measure(logits, clean_logits, answers, wrongs, each) for each in metric], -1)
     if metric == "logit_difference":
         return mean_at(logits, answers) - mean_at(logits, wrongs)
     dtype = torch.promote_types(logits.dtype, torch.float32)
@@ -123,3 +139,29 @@ class MetricReadout:
         norm, (clean, normed, delta) = self._norm, (x[..., None, :] for x in (self._final, self._normed, delta))
         inputs = clean, normed, delta, norm.weight, norm.bias, norm.eps, clean.dtype
         return norm_delta(*inputs, backend=self._backend)[1].squeeze(2)
+
+
+class SeveralReadouts:
+    """Several metrics of the same rows, in the last dimension: a `MetricReadout` each."""
+
+    def __init__(self, readouts: Sequence[MetricReadout]) -> None:
+        self._readouts = readouts
+        self.clean: Float[Tensor, "prompt metric"] = torch.stack([each.clean for each in readouts], -1)
+        self.log_p = next((each.log_p for each in readouts if each.log_p is not None), None)
+
+    def effects(self, delta: Float[Tensor, "#set prompt d_model"]) -> Float[Tensor, "#set prompt metric"]:
+        """metric(row) − metric(clean run)."""
+        return torch.stack([each.effects(delta) for each in self._readouts], -1)
+
+
+def readout_of(
+    model: HookedTransformer,
+    final: Float[Tensor, "prompt d_model"],
+    answers: TokenSet,
+    wrongs: TokenSet,
+    metric: Metrics,
+    backend: Backend,
+) -> MetricReadout | SeveralReadouts:
+    """What reads one metric, or several, from the final residual stream of rows."""
+    readouts = [MetricReadout(model, final, answers, wrongs, each, backend) for each in each_metric(metric)]
+    return SeveralReadouts(readouts) if isinstance(metric, tuple) else readouts[0]

@@ -11,7 +11,7 @@ from torch import Tensor
 from subcircuit.engine.hooks import Hook
 from subcircuit.engine.model import HookedTransformer
 from subcircuit.engine.patching.answers import token_sets
-from subcircuit.engine.patching.metric import Metric, measure
+from subcircuit.engine.patching.metric import Metrics, measure, metric_shape
 from subcircuit.engine.patching.sites import Patch, PatchSet, Source
 from subcircuit.engine.patching.sources import AlignedPrompts, PromptChunk, Sources
 
@@ -27,14 +27,15 @@ def reference_effects(
     source: Source,
     prompts_per_chunk: int,
     progress: Progress | None = None,
-    metric: Metric = "logit_difference",
-) -> tuple[Float[Tensor, "set prompt"], Float[Tensor, "prompt"]]:
+    metric: Metrics = "logit_difference",
+) -> tuple[Float[Tensor, "set prompt *metric"], Float[Tensor, "prompt *metric"]]:
     """Effects of every patch set on every prompt, and the clean metric, from full forwards in the model's own dtype."""
     n_prompts = len(prompts.clean)
     sources = Sources(model, prompts, patch_sets, source, prompts_per_chunk)
     dtype = torch.promote_types(model.dtype, torch.float32)
-    patched = torch.empty(len(patch_sets), n_prompts, dtype=dtype, device=model.device)
-    clean = torch.empty(n_prompts, dtype=dtype, device=model.device)
+    shape = metric_shape(n_prompts, metric)
+    patched = torch.empty(len(patch_sets), *shape, dtype=dtype, device=model.device)
+    clean = torch.empty(shape, dtype=dtype, device=model.device)
     n_done = 0
     for chunk in torch.arange(n_prompts).split(prompts_per_chunk):
         clean_logits = last_logits(model, prompts, chunk)
@@ -55,9 +56,9 @@ def patched_metric(
     chunk: PromptChunk,
     patch_set: PatchSet,
     sources: Sources,
-    metric: Metric,
+    metric: Metrics,
     clean_logits: Float[Tensor, "chunk d_vocab"] | None,
-) -> Float[Tensor, "chunk"]:
+) -> Float[Tensor, "chunk *metric"]:
     """The metric of a chunk of prompts from one full forward with the patches of one set.
 
     `clean_logits` are those of the clean run, or its log-probabilities; only `kl` needs them.
@@ -86,8 +87,8 @@ def metric_of(
     clean_logits: Float[Tensor, "chunk d_vocab"] | None,
     prompts: AlignedPrompts,
     chunk: PromptChunk,
-    metric: Metric,
-) -> Float[Tensor, "chunk"]:
+    metric: Metrics,
+) -> Float[Tensor, "chunk *metric"]:
     """A metric of a chunk of prompts from logits after their last positions."""
     answers, wrongs = (tokens[chunk] for tokens in token_sets(prompts))
     return measure(logits, clean_logits, answers, wrongs, metric)

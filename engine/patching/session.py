@@ -15,7 +15,7 @@ from subcircuit.engine.patching.compile import Masks, compile_masks
 from subcircuit.engine.patching.data_session import Count, DataSession, Effects
 from subcircuit.engine.patching.delta import DeltaRun, Departures
 from subcircuit.engine.patching.memory import clean_bytes
-from subcircuit.engine.patching.metric import Metric, check_metric
+from subcircuit.engine.patching.metric import Metrics, check_metric
 from subcircuit.engine.patching.options import (
     Executor,
     Precision,
@@ -94,7 +94,7 @@ class DeltaSession(DataSession):
         sets: Sequence[PatchSet],
         starts: Sequence[Start],
         chosen: Sequence[int],
-        effects: Float[Tensor, "set prompt"],
+        effects: Float[Tensor, "set prompt *metric"],
         departures: Departures | None = None,
         count: Count | None = None,
     ) -> None:
@@ -107,7 +107,7 @@ class DeltaSession(DataSession):
         self,
         run: DeltaRun,
         sets: Sequence[PatchSet],
-        effects: Float[Tensor, "set prompt"],
+        effects: Float[Tensor, "set prompt *metric"],
         departures: Departures | None,
         chunk: Chunk,
     ) -> None:
@@ -126,7 +126,11 @@ class DeltaSession(DataSession):
             effects[torch.tensor(indices)[:, None], run.chunk] = run.leave(rows)
 
     def _repeat_fully(
-        self, run: DeltaRun, sets: Sequence[PatchSet], chosen: Sequence[int], effects: Float[Tensor, "set prompt"]
+        self,
+        run: DeltaRun,
+        sets: Sequence[PatchSet],
+        chosen: Sequence[int],
+        effects: Float[Tensor, "set prompt *metric"],
     ) -> None:
         for i in chosen:
             inputs = self.model, self.prompts, run.chunk, sets[i], self._sources
@@ -176,14 +180,15 @@ def patch_effects(
     source: Source = "corrupted",
     executor: Executor = "torch",
     precision: Precision = "fp32",
-    metric: Metric = "logit_difference",
+    metric: Metrics = "logit_difference",
     budget_bytes: int | None = None,
     progress: Progress | None = None,
 ) -> Effects:
     """Effects of patch sets on every prompt: `[set, prompt]`, metric(patched row) − metric(clean run).
 
     `metric` is `logit_difference`, `log_probability` (of the answers, in nats), `kl` (of the row's prediction from the
-    clean run's, in nats) or `accuracy`; `engine.patching.metric` defines them.
+    clean run's, in nats) or `accuracy`; `engine.patching.metric` defines them. A tuple of them gives
+    `[set, prompt, metric]`, all read from the same rows.
 
     Executors: `reference` runs one full forward with hooks per patch set in the given precision; `torch` propagates δ
     only, `triton` the same with fused kernels on a GPU. `budget_bytes` is what they may take beside the weights.

@@ -10,8 +10,9 @@ import torch
 from circuit_cases import random_circuit
 from patching_cases import CONFIGS, random_model, task_for
 from subcircuit.analysis import metrics
+from subcircuit.analysis.baselines import random_baseline
 from subcircuit.analysis.circuit import Circuit
-from subcircuit.analysis.faithfulness import Ablation, random_circuits
+from subcircuit.analysis.faithfulness import Ablation
 from subcircuit.analysis.nodes import all_nodes
 from subcircuit.engine.errors import PatchError
 
@@ -107,4 +108,4 @@ def test_full_forwards_keep_to_the_budget_too(case, monkeypatch):
 def test_random_circuits_like_one_of_another_model_are_refused(case, match):
     model, task = case
     with pytest.raises(PatchError, match=r"'a9\.h0' does not exist"):
-        random_circuits(Ablation(model, task), Circuit([(9, 0)], []), 3, match=match)
+        random_baseline(Ablation(model, task), Circuit([(9, 0)], []), 3, match=match)

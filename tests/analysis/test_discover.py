@@ -11,7 +11,7 @@ import torch
 from patching_cases import CONFIGS, random_model, task_for
 from subcircuit.analysis.circuit import Circuit
 from subcircuit.analysis.discover import discover
-from subcircuit.analysis.faithfulness import Ablation, node_drops, random_circuits, score
+from subcircuit.analysis.faithfulness import Ablation, node_drops, score
 from subcircuit.analysis.metrics import accuracy, kl_divergence, log_probability
 from subcircuit.analysis.tasks import task as build_task
 from subcircuit.engine.errors import PatchError, TaskError
@@ -105,6 +105,20 @@ def test_pruning_on_both_sides_keeps_what_would_raise_the_score_too_far(case):
     assert circuit.settings["both_sides"]
 
 
+def test_no_option_is_silently_ignored(case):
+    model, task = case
+    ablation = Ablation(model, task, source="zero")
+    assert discover(model, task, ablation=ablation, max_sweeps=1).settings["source"] == "zero"
+    for given in ({"source": "mean"}, {"precision": "fp64", "budget_bytes": 2**30}):
+        with pytest.raises(PatchError, match=f"{', '.join(given)}: an ablation brings its own"):
+            discover(model, task, ablation=ablation, **given)
+    with pytest.raises(PatchError, match="steps 3 mean nothing to 'eap'"):
+        discover(model, task, "eap", n_edges=4, steps=3)
+    for method, option in (("eap", "executor"), ("eap-ig", "metric"), ("acdc", "first"), ("masks", "n_edges")):
+        with pytest.raises(PatchError, match=f"method '{method}' has no option '{option}'"):
+            discover(model, task, method, **{option: "any"})
+
+
 def test_pruning_by_the_kl_is_that_of_full_forwards(case):
     model, task = case
     ablation = Ablation(model, task, metric="kl", precision="fp64")
@@ -138,7 +152,7 @@ def test_the_reference_executor_finds_the_same_circuit(case):
     assert (fast.heads, fast.mlps) == (slow.heads, slow.mlps)
 
 
-def test_scores_drops_and_random_baselines_are_consistent(case):
+def test_scores_and_drops_are_consistent(case):
     model, task = case
     circuit = Circuit(heads=[(0, 1), (1, 2), (2, 3)], mlps=[0, 2])
     circuit = replace(circuit, score=score(model, task, circuit, precision="fp64"))
@@ -153,11 +167,6 @@ def test_scores_drops_and_random_baselines_are_consistent(case):
     for node in circuit.nodes:
         without = ablation.score_of(set(circuit.nodes) - {node})
         assert drops[str(node)] == pytest.approx(circuit.score - without)
-    scores = random_circuits(ablation, circuit, 20, seed=3)
-    assert scores == random_circuits(ablation, circuit, 20, seed=3)
-    assert len(set(scores)) > 1
-    same_layers = random_circuits(ablation, circuit, 3, seed=3, match="layers")
-    assert len(same_layers) == 3
 
 
 @pytest.mark.parametrize("executor", ["torch", "reference"])

@@ -23,8 +23,8 @@ from subcircuit.analysis.evaluation import (
     leave_out,
     random_parts,
 )
-from subcircuit.analysis.faithfulness import Ablation, node_drops, random_circuits
-from subcircuit.analysis.nodes import all_nodes
+from subcircuit.analysis.faithfulness import Ablation, node_drops
+from subcircuit.analysis.nodes import all_nodes, random_nodes
 from subcircuit.analysis.statistics import benjamini_hochberg, sign_flip_p
 from subcircuit.analysis.sweep import sweep
 from subcircuit.engine.errors import PatchError
@@ -128,7 +128,10 @@ def test_random_circuits_are_scored_as_one_by_one(case):
     nothing = 100 * float(ablation.kept_values([[]]).mean()) / ablation.full
     for match in ("size", "layers"):
         found = random_baseline(ablation, circuit, 70, match=match, seed=SEED)
-        scores = torch.tensor(random_circuits(ablation, circuit, 70, match=match, seed=SEED), dtype=torch.float64)
+        rng = random.Random(SEED)
+        drawn = [random_nodes(ablation.nodes, circuit, rng, match) for _ in range(70)]
+        scores = torch.tensor([ablation.score_of(nodes) for nodes in drawn], dtype=torch.float64)
+        torch.testing.assert_close(found.scores, scores)
         torch.testing.assert_close(found.random, 100 * (scores - nothing) / (100 - nothing))
         alone = 100 * (ablation.score_of(set(circuit.nodes)) - nothing) / (100 - nothing)
         assert found.recovered == pytest.approx(alone)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import subcircuit as sc
-from patching_cases import CONFIGS, random_model, random_task
+from patching_cases import CONFIGS, random_model, random_task, task_for
 from subcircuit.analysis.faithfulness import Ablation
 from subcircuit.analysis.gates import open_probability, sampled
 from subcircuit.analysis.masks import gated, learn_masks, mask_circuit
@@ -64,6 +64,24 @@ def test_the_circuit_of_tiny_gpt2_keeps_the_score_with_few_nodes():
     assert circuit.score is not None
     assert circuit.score >= 80
     assert abs(Ablation(model, task).score_of(set(circuit.nodes)) - circuit.score) < 1e-3
+
+
+def test_scores_of_masks_follow_the_executor_and_the_precision():
+    model = random_model(CONFIGS["gpt2"], seed=3)
+    task = task_for(model, 4)
+    nodes = all_nodes(model.config)
+    options = {"precision": "fp64", "source": "zero", "metric": "kl"}
+    fast, slow = (
+        mask_circuit(model, task, steps=3, executor=executor, **options) for executor in ("torch", "reference")
+    )
+    assert (fast.settings["executor"], slow.settings["executor"]) == ("torch", "reference")
+    assert fast.settings["precision"] == slow.settings["precision"] == "fp64"
+    assert fast.nodes == slow.nodes
+    assert fast.score == pytest.approx(slow.score, rel=1e-9)
+    assert set(fast.nodes) <= set(nodes)
+    for option in ({"executor": "abacus"}, {"precision": "fp8"}):
+        with pytest.raises(PatchError, match=f"{next(iter(option))} '.*' is not known"):
+            mask_circuit(model, task, progress=lambda *done: pytest.fail("learned before it said so"), **option)
 
 
 @pytest.mark.parametrize("option", [{"loss": "l2"}, {"steps": 0}, {"prompts_per_step": 0}, {"learning_rate": -1.0}])

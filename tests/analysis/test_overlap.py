@@ -12,7 +12,7 @@ from patching_cases import CONFIGS
 from subcircuit.analysis.circuit import Circuit
 from subcircuit.analysis.compare import compare_circuits
 from subcircuit.analysis.curves import faithfulness_curve
-from subcircuit.analysis.depth import align_depths, depth, earth_movers_distance, head_depths, layer_map, role_depths
+from subcircuit.analysis.depth import align_depths, depth, earth_movers_distance, head_depths, role_depths
 from subcircuit.analysis.figures import curve_figure, overlap_figure
 from subcircuit.analysis.overlap import n_edges, overlap, overlap_matrix, overlaps
 from subcircuit.engine.config import ModelConfig
@@ -103,9 +103,6 @@ def test_circuits_at_the_same_depths_are_aligned_across_models():
 
 def test_layers_and_roles_have_depths():
     assert head_depths(Circuit([(0, 0), (2, 3)], []), CONFIG).tolist() == pytest.approx([1 / 6, 5 / 6])
-    assert layer_map(3, 9) == [1, 4, 7]
-    assert layer_map(9, 3) == [0, 0, 0, 1, 1, 1, 2, 2, 2]
-    assert layer_map(12, 12) == list(range(12))
     assert depth(1, 3) == 0.5
     found = role_depths({"previous token": [(0, 1), (2, 0)], "induction": []}, 4)
     assert found == {"previous token": (0.375, 0.125, 0.625)}

@@ -223,6 +223,21 @@ def test_a_tab_for_each_model_and_none_for_a_single_one(page: Page, tmp_path: Pa
     assert not any("data-tab" in attributes or "hidden" in attributes for _, attributes in single.elements)
 
 
+def test_several_models_are_compared_by_the_depths_of_roles(tmp_path: Path) -> None:
+    directory = made_up_run(tmp_path / "run")
+    assert "Roles by depth" not in render_report(directory)
+    heads = {
+        "big-model-v2": [(3, "previous token"), (14, "induction")],
+        "tiny-gpt2": [(0, "induction"), (3, "induction")],
+    }
+    for slug, found in heads.items():
+        rows = [{"layer": layer, "index": 1, "roles": [role]} for layer, role in found]
+        section = {"title": "Roles", "sentences": [], "tables": [], "figures": [], "data": {"heads": rows}}
+        directory.write_json(f"results/{slug}.months.roles.json", section)
+    told = Page(render_report(directory)).panels[""]
+    assert "months previous token 0.12 – months induction 0.48 0.50 (0.12–0.88)" in told
+
+
 def test_the_same_run_gives_the_same_report_and_rendering_writes_nothing(run: RunDirectory, html: str) -> None:
     before = {file: file.stat().st_mtime_ns for file in run.path.rglob("*")}
     assert render_report(RunDirectory.open(run.path)) == html

@@ -107,6 +107,31 @@ def test_survival_is_counted_by_every_choice(case):
     assert plain["survival"]["recovers"] == list(found.survival()["recovers"])
 
 
+def test_the_weakest_choice_is_that_with_the_least_share(case):
+    model, task, circuit = case
+    found = sensitivity(model, {"a": task}, circuit, scopes=("all", "last"), n_random=3, n_resamples=20, seed=SEED)
+    for conclusion in CONCLUSIONS:
+        n_held, n_all = found.survival()[conclusion]
+        weakest = found.weakest(conclusion)
+        assert (weakest is None) == (n_held in (0, n_all))
+        if weakest is not None:
+            choice, value, n_there, n_asked = weakest
+            assert found.survival_by(choice)[value][conclusion] == (n_there, n_asked)
+            assert n_there / n_asked <= n_held / n_all
+
+
+def test_the_executor_and_precision_asked_for_measure_the_same(case):
+    model, task, circuit = case
+    options = {"scopes": ("all",), "metrics": ("kl",), "n_random": 2, "n_resamples": 20, "seed": SEED}
+    fast = sensitivity(model, {"a": task}, circuit, precision="fp64", **options)
+    slow = sensitivity(model, {"a": task}, circuit, executor="reference", precision="fp64", **options)
+    for one, other in zip(fast.outcomes, slow.outcomes, strict=True):
+        assert one.score == pytest.approx(other.score, rel=1e-9)
+        assert (one.recovered is None) == (other.recovered is None)
+    with pytest.raises(PatchError, match="precision 'fp8'"):
+        sensitivity(model, {"a": task}, circuit, precision="fp8", **options)
+
+
 def test_what_a_task_lacks_is_left_out_with_a_note(case):
     model, task, circuit = case
     bare = replace(task, corrupted=None, positions={})

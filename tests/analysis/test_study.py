@@ -46,6 +46,9 @@ def test_a_study_leaves_circuits_scores_and_a_report(run):
     compare = run.read_json("results/tiny-gpt2.compare.json")
     for i, name in enumerate(circuits):
         assert compare["cross_task"][i][i] == pytest.approx(circuits[name].score, abs=1e-3)
+    overlap = compare["overlap_heads"][0][1]
+    assert overlap["jaccard"] == pytest.approx(compare["jaccard_heads"][0][1])
+    assert f"chance {overlap['expected_jaccard']:.2f}" in (run.path / "report.html").read_text()
     rows = (run.path / "scores.csv").read_text().splitlines()
     assert len(rows) == 1 + 2 * (4 * 8 + 4)
 
@@ -76,6 +79,8 @@ def test_every_stage_leaves_its_values_and_figures_and_a_section_of_the_report(r
     assert edges.edges
     found = run.read_json("results/tiny-gpt2.months.faithfulness.json")["data"]
     assert found["score"][0] == pytest.approx(circuit.score, abs=1e-3)
+    survival = run.read_json("results/tiny-gpt2.months.sensitivity.json")["data"]["survival"]
+    assert survival["recovers"][0] > 0
     rows = run.read_json("results/tiny-gpt2.transfer.json")["data"]["rows"]
     without = {row["kind"]: row["share"] for row in rows if row["circuit"] == "months"}
     assert without["months"] < 0.5
@@ -97,7 +102,7 @@ def test_resuming_a_finished_study_computes_nothing_again(run, monkeypatch):
     def never(*args, **kwargs):
         raise AssertionError("computed again")
 
-    for name in ("load", "sweep", "discover", "node_drops", "random_circuits", "cross_task_scores"):
+    for name in ("load", "sweep", "discover", "node_drops", "random_baseline", "cross_task_scores"):
         monkeypatch.setattr(study_module, name, never)
     study(SETTINGS, str(run.path), resume=True)
     assert before == {file: file.read_bytes() for file in before}
@@ -109,7 +114,7 @@ def no_report(monkeypatch):
     monkeypatch.setattr(study_module, "write_report", lambda directory: directory.write_text("report.html", "made"))
 
 
-@pytest.mark.parametrize("stage", ["sweep", "discover", "random_circuits", "cross_task_scores", "write_report"])
+@pytest.mark.parametrize("stage", ["sweep", "discover", "random_baseline", "cross_task_scores", "write_report"])
 @pytest.mark.usefixtures("no_report")
 def test_a_study_that_was_killed_goes_on_where_it_stopped_and_ends_the_same(run, tmp_path, monkeypatch, stage):
     def die(*args, **kwargs):
@@ -152,10 +157,10 @@ def test_a_stage_that_was_finished_before_a_kill_is_not_computed_again(run, tmp_
     assert len(finished) == 3 + len(TASK_STAGES) + 1  # all of the first task, and the second's sweep
     calls.clear()
     with monkeypatch.context() as patch:
-        for stage in ("sweep", "discover", "node_drops", "random_circuits"):
+        for stage in ("sweep", "discover", "node_drops", "random_baseline"):
             watch(patch, stage)
         study(SETTINGS, str(folder), resume=True)
-    assert calls == ["discover", "node_drops", "random_circuits"]
+    assert calls == ["discover", "node_drops", "random_baseline"]
     assert finished == {file: file.stat().st_ino for file in finished}
 
 
@@ -181,6 +186,7 @@ def test_what_cannot_be_studied_is_said_before_anything_is_written(tmp_path):
         ({"n_random": 0}, "n_random is 0; expected at least 1"),
         ({"n": 0}, "n is 0; expected at least 1"),
         ({"n_edge_prompts": 0}, "n_edge_prompts is 0; expected at least 1"),
+        ({"n_sensitivity_prompts": 0}, "n_sensitivity_prompts is 0; expected at least 1"),
         ({"stages": ("lens", "tea")}, "stage 'tea' is not known; expected some of faithfulness"),
     ):
         with pytest.raises(PatchError, match=words):

@@ -49,6 +49,28 @@ def test_a_circuit_without_a_model_needs_one(run, files):
     assert "a circuit is given twice" in err
 
 
+def test_a_circuit_of_another_model_is_used_with_a_warning(run, tmp_path):
+    file = tmp_path / "other.json"
+    Circuit([(0, 1), (1, 6)], [0, 1, 2, 3], model="smollm2-135m").save(file)
+    Circuit([(0, 1)], [0], model="tiny-gpt2").save(tmp_path / "own.json")
+    warning = f"warning: the nodes of {file} (found in smollm2-135m) are used as those of tiny-gpt2\n"
+    narrow = {
+        "faithfulness": (*TINY, "--circuit", file, "--random", 0, "--knockouts", 1, "--greedy", 0, "--quiet"),
+        "sensitivity": (*TINY, "--circuit", file, "--metrics", "kl", "--scopes", "last", "--random", 1, "--quiet"),
+        "heads": (*TINY, "--circuit", file, "--quiet"),
+        "transfer": ("-m", "tiny-gpt2", "-c", file, "-k", "months", "-n", 2, "--random", 1, "--quiet"),
+        "compare": (file, tmp_path / "own.json", "--model", "tiny-gpt2"),
+    }
+    for command, arguments in narrow.items():
+        status, out, err = run(command, *arguments, "--json")
+        assert (status, err) == (0, warning), command
+        json.loads(out)
+    Circuit([(29, 1)], [0], model="smollm2-135m").save(file)
+    status, _, err = run("faithfulness", *narrow["faithfulness"])
+    assert status == 2
+    assert err.startswith(warning + "error: ")
+
+
 def test_faithfulness_judges_a_circuit(run, files, tmp_path):
     arguments = (
         "faithfulness",

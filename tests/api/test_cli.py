@@ -141,7 +141,8 @@ def test_a_screened_sweep_shows_the_largest_effects_and_what_they_took(run):
 
 @pytest.mark.parametrize("method", ["eap", "eap-ig"])
 def test_discover_by_edge_attribution_writes_a_circuit_of_edges(run, tmp_path, method):
-    discover = ("discover", *TINY, "--task", "months", "--method", method, "--n-edges", 60, "--steps", 2, "--quiet")
+    discover = ("discover", *TINY, "--task", "months", "--method", method, "--n-edges", 60, "--quiet")
+    discover += ("--steps", 2) if method == "eap-ig" else ()
     status, out, err = run(*discover, "--out", tmp_path / "c.json", "--json")
     assert (status, err) == (0, "")
     circuit = json.loads(out)
@@ -176,6 +177,10 @@ def test_discover_prunes_edges_or_starts_from_them(run, tmp_path):
     circuit = json.loads(out)
     assert (circuit["method"], circuit["settings"]["source"]) == ("acdc", "corrupted")
     assert all(score >= 40 for _, _, score in circuit["edge_scores"])
+    status, _, err = run(*arguments, "--edges")
+    assert (status, "method 'acdc' finds edges itself; expected --edges with prune or masks" in err) == (2, True)
+    status, _, err = run(*arguments, "--edge-threshold", 0.7)
+    assert (status, "--edge-threshold is of edges that are pruned; expected --edges with it" in err) == (2, True)
 
 
 def test_generate_takes_prompts_as_words_or_as_options(run):

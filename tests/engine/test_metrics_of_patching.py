@@ -91,6 +91,21 @@ def test_effects_are_what_the_metrics_of_logits_change_by(case, metric):
         torch.testing.assert_close(result.clean_metric, before, rtol=1e-8, atol=1e-11)
 
 
+@pytest.mark.parametrize("executor", ["torch", "reference"])
+@pytest.mark.parametrize("source", ["corrupted", "zero"])
+def test_several_metrics_of_the_same_rows_are_each_as_if_alone(case, executor, source):
+    model, prompts = case
+    options = {"source": source, "executor": executor}
+    together = patch_effects(model, prompts, SETS, metric=METRICS, **options)
+    assert together.effects.shape == (len(SETS), len(prompts.clean), len(METRICS))
+    for i, metric in enumerate(METRICS):
+        alone = patch_effects(model, prompts, SETS, metric=metric, **options)
+        torch.testing.assert_close(together.effects[..., i], alone.effects)
+        torch.testing.assert_close(together.clean_metric[..., i], alone.clean_metric)
+    with pytest.raises(PatchError, match="metric 'bleu' is not known"):
+        patch_effects(model, prompts, SETS, metric=("kl", "bleu"), **options)
+
+
 def test_what_effects_can_be(case):
     model, prompts = case
     kl, accuracy = (patch_effects(model, prompts, SETS, source="zero", metric=name) for name in ("kl", "accuracy"))

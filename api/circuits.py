@@ -1,0 +1,31 @@
+"""Saved circuits, as commands read them."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import subcircuit as sc
+
+if TYPE_CHECKING:
+    from subcircuit.engine.model import HookedTransformer
+
+
+def load_circuits(files: Iterable[Path]) -> dict[Path, sc.Circuit]:
+    """Circuits by file. Raises StoreError that names the file when one cannot be read."""
+    return {file: sc.Circuit.load(file) for file in files}
+
+
+def warn_of_other_model(circuits: dict[Path, sc.Circuit], model: HookedTransformer) -> None:
+    """A line on standard error where circuits were found in a model of another name than the one they are used with.
+
+    That is no error: another copy of the weights may have another name, and whether nodes of one model do anything in a
+    finetuned one is a question that people ask. Nodes that the model lacks are refused where they are used.
+    """
+    name = model.config.name
+    others = {str(file): circuit.model for file, circuit in circuits.items() if circuit.model not in ("", name)}
+    if others and name:
+        found = ", ".join(f"{file} (found in {other})" for file, other in others.items())
+        print(f"warning: the nodes of {found} are used as those of {name}", file=sys.stderr, flush=True)
