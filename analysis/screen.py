@@ -1,20 +1,11 @@
 """Screen, then verify: the components with the largest exact effects, at the price of a few exact rows.
 
-A gradient score says cheaply which sites could matter; exact patching then says which do. Let u be a site's mean over
-prompts of |gradient score|: an estimate of what bounds its effect, for |mean effect| ≤ mean |effect|. Sites are
-verified in the order of u until no other can be among the k largest, if its u falls short by no more than that of sites
-like it did:
+A gradient score says cheaply which sites could matter; exact patching then says which do: first on some of the prompts,
+then, for sites that can still be among the k largest, on all of them. `race` states the rule.
 
-1. Verify the first k sites of the order, and `n_random` drawn at random from the others.
-2. Let q be `margin` times the largest |exact mean| − u, at least 0, among the random sites and the last `n_recent` of
-   the order: the first are a fair sample of what the order leaves for last, the others the nearest to what comes next.
-3. Stop when the k-th largest |exact mean| so far is at least u + q of the next site, which has the largest u of all
-   that are left. Otherwise verify the next sites of the order and return to 2.
-
-What is certain is thus relative to the observed error. As in the diagnostic of Kramár et al. 2024 (arXiv 2403.00745,
-AtP*), random sites bound it: one that is left falls short by more than all n of them with probability 1 / (n + 1) at
-most, and `margin` is held against that. The defaults found the true top 5, 10, 15, 20 and 30 of SmolLM2-135M's 270
-heads on four tasks with each of 40 seeds; with `n_recent` 8 one in seven of those tops lacked a head.
+For 10 data sets of 16 prompts and SmolLM2-135M's 270 heads, with 20 orders of prompts each, the defaults found the true
+top 5, 10, 20 and 30 in 200, 197, 200 and 179 of 200 cases, with 7, 10, 17 and 23 % of the exact rows. They were chosen
+among a dozen settings on these data sets.
 """
 
 from __future__ import annotations
@@ -24,10 +15,10 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from subcircuit.analysis.gradients import GradientPrecision, Method, gradient_scores
+from subcircuit.analysis.race import DEFAULT_RULE, Race, Rule
 from subcircuit.analysis.statistics import rank_correlation
 from subcircuit.analysis.sweep import Components, Scores
 from subcircuit.analysis.tasks import Task
@@ -35,9 +26,10 @@ from subcircuit.engine.errors import PatchError
 from subcircuit.engine.model import HookedTransformer
 from subcircuit.engine.patching import DeltaSession, Effects, Patch, PatchSet, Site, Source, patch_effects
 from subcircuit.engine.patching.options import Executor, Precision
+from subcircuit.engine.patching.sources import PromptChunk
 
-FEWEST_AT_ONCE = 4
-"""Sites verified between two looks at the rule, unless so many have been verified that more cost little."""
+FEWEST_PROMPTS = 8
+"""With fewer prompts, sites are patched on all of them at once: their parts would say too little."""
 
 
 @dataclass(frozen=True)
@@ -46,9 +38,11 @@ class Screening:
 
     k: int
     scores: Scores
-    """Exact effects of the sites that were verified, in the order in which they were."""
+    """Exact effects of the sites that were patched on all prompts."""
     gradient: Scores
     """Gradient scores of all sites."""
+    n_rows: int
+    """Exact rows computed, a row being a site on one prompt."""
     error: float
     """q: by how much the rule expects a mean |gradient score| to fall short of a mean effect at most."""
 
@@ -59,7 +53,7 @@ class Screening:
 
     @property
     def n_exact(self) -> int:
-        """Sites whose exact effects were computed."""
+        """Sites whose exact effects were computed on all prompts."""
         return len(self.scores.sites)
 
     @property
@@ -69,7 +63,7 @@ class Screening:
     @property
     def saved(self) -> float:
         """Share of the exact rows of a sweep that were not needed, 0 to 1."""
-        return 1 - self.n_exact / self.n_sites
+        return 1 - self.n_rows / self.gradient.effects.numel()
 
     @property
     def rank_agreement(self) -> float:
@@ -88,6 +82,7 @@ class Screening:
         return {
             "k": self.k,
             "n_exact": self.n_exact,
+            "n_rows": self.n_rows,
             "n_sites": self.n_sites,
             "saved": self.saved,
             "rank_agreement": self.rank_agreement,
@@ -108,9 +103,7 @@ def screen(
     positions: str | Iterable[int] | None = None,
     executor: Executor = "torch",
     precision: Precision = "fp32",
-    n_random: int = 8,
-    n_recent: int = 20,
-    margin: float = 1.25,
+    rule: Rule = DEFAULT_RULE,
     seed: int = 0,
     budget_bytes: int | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -118,15 +111,14 @@ def screen(
     """The k sites whose patching has the largest mean effects by size, as a sweep would find them; see this module.
 
     `method` and `steps` are those of `gradient_scores`, the other options those of `sweep`; `precision` and `executor`
-    are of the exact rows (gradients are float32, or float64 for `fp64`). `seed` decides which sites are drawn.
-    `progress` is called with (sites verified, sites in all).
+    are of the exact rows (gradients are float32, or float64 for `fp64`). `rule` says when to stop, `seed` decides which
+    sites are drawn and in what order prompts are looked at. `progress` is called with (rows patched, rows in all), a
+    row being a site on one prompt.
 
-    Raises PatchError for what does not exist, a k below 1, or a margin below 0.
+    Raises PatchError for what does not exist, or a k below 1.
     """
-    if k < 1 or margin < 0 or n_random < 0 or n_recent < 1:
-        raise PatchError(
-            f"k {k}, margin {margin}, n_random {n_random}, n_recent {n_recent}: expected at least 1, 0, 0, 1"
-        )
+    if k < 1:
+        raise PatchError(f"k {k}: expected at least 1")
     gradient = gradient_scores(
         model,
         task,
@@ -138,14 +130,18 @@ def screen(
         precision=_gradient_precision(precision),
         budget_bytes=budget_bytes,
     )
-    run = _exact(model, task, gradient.sites, source, executor, precision, budget_bytes)
+    order = torch.tensor(random.Random(seed).sample(range(task.n), task.n))
+    ends = [task.n] if executor == "reference" else _ends(task.n)
+    parts = order.tensor_split(ends[:-1])
+    run = _exact(model, task, gradient.sites, parts, source, executor, precision, budget_bytes)
     results: list[Effects] = []
 
-    def exact(chosen: Sequence[int]) -> Tensor:
-        results.append(run([gradient.sites[i] for i in chosen]))
-        return results[-1].effects.mean(1)
+    def exact(chosen: Sequence[int], part: int) -> Tensor:
+        results.append(run([gradient.sites[i] for i in chosen], part))
+        return results[-1].effects[:, parts[part]]
 
-    verified, error = verify(gradient.effects.abs().mean(1), exact, k, n_random, n_recent, margin, seed, progress)
+    race = Race(gradient.effects[:, order], exact, ends, k, rule, seed, progress)
+    verified = race.run()
     settings = {
         **gradient.settings,
         "method": "exact patching",
@@ -155,41 +151,16 @@ def screen(
         "n_precise_rows": sum(result.n_precise for result in results),
         "n_full_rows": sum(result.n_full for result in results),
     }
-    effects = torch.cat([result.effects for result in results]).cpu()
+    effects = torch.empty(len(verified), task.n, dtype=gradient.effects.dtype)
+    effects[:, order] = race.effects[verified].to(effects.dtype)
     sites = tuple(gradient.sites[i] for i in verified)
-    scores = Scores(sites, effects, results[0].clean_metric.cpu(), model.config, settings)
-    return Screening(min(k, len(gradient.sites)), scores, gradient, error)
+    scores = Scores(sites, effects, gradient.clean_metric, model.config, settings)
+    return Screening(race.k, scores, gradient, race.n_rows, race.shortfall)
 
 
-def verify(
-    bound: Float[Tensor, "site"],
-    exact: Callable[[Sequence[int]], Float[Tensor, "chosen"]],
-    k: int,
-    n_random: int,
-    n_recent: int,
-    margin: float,
-    seed: int,
-    progress: Callable[[int, int], None] | None = None,
-) -> tuple[list[int], float]:
-    """Sites to verify (in the order of their verification) until the k largest are certain, and q; see this module."""
-    bound = bound.double().cpu()
-    order = bound.argsort(descending=True, stable=True).tolist()
-    first, others = order[:k], order[k:]
-    drawn = random.Random(seed).sample(others, min(n_random, len(others)))
-    effects: dict[int, float] = {}
-    batch = first + drawn
-    while True:
-        effects |= zip(batch, exact(batch).double().abs().tolist(), strict=True)
-        if progress is not None:
-            progress(len(effects), len(order))
-        in_order = [site for site in first if site in effects]
-        near = [*drawn, *in_order[-n_recent:]]
-        error = margin * max(0.0, *(effects[site] - float(bound[site]) for site in near))
-        rest = [site for site in others if site not in effects]
-        if not rest or sorted(effects.values())[-k] >= float(bound[rest[0]]) + error:
-            return list(effects), error
-        batch = rest[: max(FEWEST_AT_ONCE, len(effects) // 16)]
-        first = first + batch
+def _ends(n_prompts: int) -> list[int]:
+    """After how many prompts a site is looked at: a quarter, half, all."""
+    return [n_prompts // 4, n_prompts // 2, n_prompts] if n_prompts >= FEWEST_PROMPTS else [n_prompts]
 
 
 def _gradient_precision(precision: Precision) -> GradientPrecision:
@@ -200,19 +171,26 @@ def _exact(
     model: HookedTransformer,
     task: Task,
     sites: Sequence[Site],
+    parts: Sequence[PromptChunk],
     source: Source,
     executor: Executor,
     precision: Precision,
     budget_bytes: int | None,
-) -> Callable[[Sequence[Site]], Effects]:
-    """Exact effects of some sites after others, from one clean run."""
+) -> Callable[[Sequence[Site], int], Effects]:
+    """Exact effects of some sites after others on one of the parts of the prompts, from one clean run."""
     if executor == "reference":
-        return lambda chosen: patch_effects(
+        return lambda chosen, _: patch_effects(
             model, task, chosen, source=source, executor=executor, precision=precision, budget_bytes=budget_bytes
         )
     session = DeltaSession(
-        model, task, source=source, precision=precision, budget_bytes=budget_bytes, executor=executor
+        model,
+        task,
+        source=source,
+        precision=precision,
+        budget_bytes=budget_bytes,
+        executor=executor,
+        parts=parts,
     )
     everything: PatchSet = tuple(Patch(site) for site in sites)
     session.prepare([everything])
-    return session.effects
+    return lambda chosen, part: session.effects(chosen, part=part)

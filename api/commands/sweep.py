@@ -159,8 +159,9 @@ def _print_scores(scores: sc.Scores, screening: sc.Screening | None, rows: list[
     clean, name = float(scores.clean_metric.mean()), scores.metric.replace("_", " ")
     out.print(f"{len(rows)} sites × {scores.effects.shape[1]} prompts, clean {name} {clean:.3f}")
     if screening is not None:
+        spent = f"{1 - screening.saved:.0%} of the rows of {screening.n_sites} sites"
         out.print(
-            f"the {screening.k} largest effects, certain after {screening.n_exact} of {screening.n_sites} sites; "
+            f"the {screening.k} largest effects, certain after {spent}; "
             f"rank agreement of {scores.settings['screened_by']}: {screening.rank_agreement:.2f}"
         )
     elif scores.settings["method"] != "exact patching":

@@ -3,7 +3,7 @@ fit memory. `session` runs patched nodes on it, `edges` removed edges and paths.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache, partial
 from typing import cast
@@ -81,7 +81,8 @@ class DataSession:
     activations are kept for as many prompts as `budget_bytes` holds beside the rows in work (`default_budget` if None);
     with more prompts than that, each call runs the clean prompts anew, chunk by chunk. Prompts that start to differ
     from their corrupted twins at different positions are run apart where that saves more than it costs. `metric` is one
-    of `engine.patching.metric`, or a tuple of them to be read from the same rows.
+    of `engine.patching.metric`, or a tuple of them to be read from the same rows. `parts`, which together are all
+    prompts, may be asked for one by one.
 
     Where memory runs out all the same, the chunk in work is cut in two and run again: rows first, then prompts.
 
@@ -101,6 +102,7 @@ class DataSession:
         precision: Precision = "fp32",
         metric: Metrics = "logit_difference",
         budget_bytes: int | None = None,
+        parts: Sequence[PromptChunk] | None = None,
     ) -> None:
         check_prompts(model, prompts)
         check_metric(metric)
@@ -125,6 +127,7 @@ class DataSession:
         self._firsts = first_differences(prompts)
         # Sources other than `corrupted` change every position of every prompt.
         self._run_firsts = self._firsts if source == "corrupted" else torch.zeros_like(self._firsts)
+        self._parts = [torch.arange(self.n_prompts)] if parts is None else parts
         self._layout = self.layout({})
         n_at_once = max(map(len, self._layout.prompt_chunks))
         self._sources = Sources(self.model, prompts, [], source, n_at_once)
@@ -144,7 +147,7 @@ class DataSession:
         """How the budget cuts the work, given the hook points patched from each source. Copies of weights take from it,
         but not more than half."""
         left = max(self.budget_bytes - self.copied_bytes, self.budget_bytes // 2)
-        return Layout.fitting(left, self.sizes, names, self._run_firsts, self.model.device.type == "cpu")
+        return Layout.fitting(left, self.sizes, names, self._run_firsts, self._parts, self.model.device.type == "cpu")
 
     def _lay_out(self, layout: Layout) -> None:
         """Cut the work so from now on; clean runs of other chunks are dropped."""
@@ -181,13 +184,16 @@ class DataSession:
         n_sets: int,
         run_sets: Callable[[DeltaRun, Float[Tensor, "set prompt *metric"], Count], tuple[int, int]],
         progress: Progress | None,
+        part: int | None = None,
     ) -> Effects:
-        """Effects of sets on every prompt. `run_sets` computes those of one chunk of prompts into their places, and
-        returns how many sets it had to compute again in float32, and in full."""
+        """Effects of sets on every prompt, or on those of a part, and 0 on the others. `run_sets` computes those of one
+        chunk of prompts into their places, and returns how many sets it had to compute again in float32, and in full.
+        """
         shape = metric_shape(self.n_prompts, self.metric)
         effects = torch.zeros(n_sets, *shape, dtype=self.model.dtype, device=self.model.device)
         clean_metric = torch.empty(shape, dtype=self.model.dtype, device=self.model.device)
-        count, n_halvings = Counter(n_sets * self.n_prompts, progress), self._n_halvings
+        chosen = set((torch.arange(self.n_prompts) if part is None else self._parts[part]).tolist())
+        count, n_halvings = Counter(n_sets * len(chosen), progress), self._n_halvings
         n_precise = n_full = 0
 
         def run_chunk(prompts: PromptChunk) -> None:
@@ -197,7 +203,7 @@ class DataSession:
             precise, full = run_sets(run, effects, count)
             n_precise, n_full = n_precise + precise * len(prompts), n_full + full * len(prompts)
 
-        waiting = list(self._layout.prompt_chunks)
+        waiting = [chunk for chunk in self._layout.prompt_chunks if int(chunk[0]) in chosen]
         while waiting:
             prompts, before = waiting.pop(0), count.n_done
             if not fits(partial(run_chunk, prompts)):

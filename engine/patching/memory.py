@@ -113,12 +113,13 @@ class Layout:
         sizes: Sizes,
         names: Mapping[SourceKey, Iterable[str]],
         firsts: Int[Tensor, "prompt"],
+        parts: Sequence[PromptChunk],
         on_cpu: bool,
     ) -> Layout:
         """Rows get up to a quarter of the budget, what cores do well with at most; clean activations the rest.
 
-        One prompt and one row are held, whatever the budget. A chunk has no more prompts than one patch set's rows of
-        all of them may have tokens, so that every patch set fits.
+        One prompt and one row are held, whatever the budget. A chunk has prompts of one of the `parts` only, and no
+        more of them than one patch set's rows of all may have tokens, so that every patch set fits.
         """
         budget_bytes = int(budget_bytes * (1 - SLACK))
         max_tokens = max(1, int(budget_bytes * ROW_SHARE) // sizes.row_token())
@@ -128,7 +129,8 @@ class Layout:
         left = budget_bytes - max_tokens * sizes.row_token()
         kept = min(max(1, left // each), len(firsts))
         at_most = max(1, min(kept, max_tokens // sizes.n_pos))
-        return cls(tuple(prompt_chunks(firsts, sizes.n_pos, at_most)), kept, max_tokens)
+        chunks = [part[chunk] for part in parts for chunk in prompt_chunks(firsts[part], sizes.n_pos, at_most)]
+        return cls(tuple(chunks), kept, max_tokens)
 
     def halved(self, prompts: PromptChunk) -> Layout:
         """With one chunk of prompts cut in two, and half as many row tokens: memory holds less than was thought."""

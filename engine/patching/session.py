@@ -56,15 +56,17 @@ class DeltaSession(DataSession):
         patch_sets: Sequence[Patch | Site | str | PatchSet],
         base: PatchSet = (),
         progress: Progress | None = None,
+        part: int | None = None,
     ) -> Effects:
-        """Effects of patch sets on every prompt, each set on top of the patches of `base`.
+        """Effects of patch sets on every prompt, each set on top of the patches of `base`; with `part`, on the prompts
+        of that one of the session's parts, and 0 on the others.
 
         A base's δ is kept from call to call: what changes in it costs only the layers from there on.
         """
         sets = [as_patch_set(patch_set) for patch_set in patch_sets]
         self.check([*sets, base])
         self.prepare([*sets, base])
-        return self._over_prompts(len(sets), partial(self._run_sets, sets, base), progress)
+        return self._over_prompts(len(sets), partial(self._run_sets, sets, base), progress, part)
 
     def _run_sets(
         self,

@@ -10,7 +10,8 @@ import torch
 import subcircuit as sc
 from patching_cases import CONFIGS, random_model, random_task
 from subcircuit.analysis.gradients import gradient_scores
-from subcircuit.analysis.screen import screen, verify
+from subcircuit.analysis.race import Rule
+from subcircuit.analysis.screen import screen
 from subcircuit.analysis.statistics import rank_correlation
 from subcircuit.analysis.sweep import sweep
 from subcircuit.engine.errors import PatchError
@@ -50,7 +51,18 @@ def test_many_neurons_are_screened_by_a_few_exact_rows():
     found = screen(model, task, "neurons", k=5)
     assert [site for site, _ in found.top] == [site for site, _ in sweep(model, task, "neurons").top(5)]
     assert found.n_exact < found.n_sites / 5
-    assert found.saved == 1 - found.n_exact / found.n_sites
+    assert found.saved == 1 - found.n_rows / (found.n_sites * task.n)
+
+
+def test_prompts_are_looked_at_part_by_part():
+    model = sc.load("tiny-gpt2")
+    task = sc.task("months", model, n=12, seed=0)
+    exact = sweep(model, task, "neurons", precision="fp64")
+    found = screen(model, task, "neurons", k=5, precision="fp64", seed=SEED)
+    assert found.n_exact < found.n_rows / task.n < found.n_sites / 5
+    rows = [exact.sites.index(site) for site in found.scores.sites]
+    torch.testing.assert_close(found.scores.effects, exact.effects[rows])
+    assert [site for site, _ in found.top] == [site for site, _ in exact.top(5)]
 
 
 def test_what_is_reported_agrees_with_the_scores(case):
@@ -68,49 +80,6 @@ def test_what_is_reported_agrees_with_the_scores(case):
     assert found.summary()["n_exact"] == found.n_exact == len(set(found.scores.sites))
 
 
-def verified_for(bound, effects, **options):
-    """Sites that `verify` looks at when their exact effects are as given."""
-    asked = []
-
-    def exact(chosen):
-        asked.extend(chosen)
-        return effects[list(chosen)]
-
-    settings = {"k": 2, "n_random": 0, "n_recent": 2, "margin": 1.0, "seed": 0, **options}
-    found, error = verify(bound, exact, *settings.values())
-    assert found == asked
-    assert len(set(found)) == len(found)
-    return found, error
-
-
-def test_no_more_is_verified_when_what_is_left_is_too_small():
-    bound = torch.tensor([5.0, 4.0, 1.0, 0.5, 0.2, 0.1, 0.0])
-    assert verified_for(bound, bound) == ([0, 1], 0.0)
-    assert verified_for(bound, 0.9 * bound) == ([0, 1], 0.0)
-    # The bound fell short by 1 for the second site: the third, at 1 + 1, cannot reach 4, but a bound of 3 would.
-    effects = bound + torch.tensor([0.0, 1.0, 0, 0, 0, 0, 0])
-    assert verified_for(bound, effects) == ([0, 1], 1.0)
-    found, _ = verified_for(
-        torch.tensor([5.0, 4.0, 3.5, 0.5, 0.2, 0.1, 0.0]), torch.tensor([5, 4.8, 3.5, 0.5, 0.2, 0.1, 0])
-    )
-    assert found == [0, 1]
-    found, _ = verified_for(
-        torch.tensor([5.0, 4.0, 3.5, 0.5, 0.2, 0.1, 0.0]), torch.tensor([4, 4.8, 3.5, 0.5, 0.2, 0.1, 0])
-    )
-    assert found == [0, 1, 2, 3, 4, 5]  # three would do; so many are verified at once
-
-
-def test_what_random_sites_fall_short_by_counts_for_all_that_are_left():
-    bound, effects = torch.linspace(1, 0, 40), torch.linspace(1, 0, 40)
-    effects[30:] += 2  # what the gradient takes for small is large
-    found, error = verified_for(bound, effects, n_random=20)
-    assert error == pytest.approx(2.0)
-    assert {30, 31} <= set(found)
-    assert verified_for(bound, effects)[0] == [0, 1]  # without random sites nobody would know
-    larger = verified_for(bound, bound + 0.01, n_random=5, margin=3.0)[1]
-    assert larger == pytest.approx(0.03, rel=1e-3)
-
-
 def test_everything_is_verified_where_as_much_is_asked_for(case):
     model, task = case
     found = screen(model, task, "mlps", k=10)
@@ -121,7 +90,7 @@ def test_bad_options_are_named(case):
     model, task = case
     with pytest.raises(PatchError, match="k 0"):
         screen(model, task, k=0)
-    with pytest.raises(PatchError, match="margin -1"):
-        screen(model, task, margin=-1)
+    with pytest.raises(PatchError, match="margin=-1"):
+        Rule(margin=-1)
     with pytest.raises(PatchError, match="gradient method 'exact'"):
         screen(model, task, method="exact")

@@ -167,6 +167,23 @@ def test_one_clean_run_serves_every_call_that_was_prepared_for(case, monkeypatch
     assert len(runs) == 1
 
 
+@pytest.mark.parametrize("budget_bytes", [None, 60_000])
+def test_the_parts_of_a_session_may_be_asked_for_one_by_one(case, budget_bytes):
+    model, prompts = case
+    sites, n = ["a0.h1", "a1.k0", "m2"], len(prompts.clean)
+    whole = patch_effects(model, prompts, sites, precision="fp64")
+    parts = [torch.tensor([n - 1, 0]), torch.arange(1, n - 1)]
+    session = DeltaSession(model, prompts, precision="fp64", parts=parts, budget_bytes=budget_bytes)
+    told = []
+    for i, part in enumerate(parts):
+        result = session.effects(sites, part=i, progress=lambda *counts: told.append(counts))
+        torch.testing.assert_close(result.effects[:, part], whole.effects[:, part])
+        torch.testing.assert_close(result.clean_metric[part], whole.clean_metric[part])
+        assert result.effects[:, parts[1 - i]].count_nonzero() == 0
+        assert told[-1] == (len(sites) * len(part),) * 2
+    torch.testing.assert_close(session.effects(sites).effects, whole.effects)
+
+
 def test_one_prompt_one_position_and_one_layer_work():
     model = random_model(replace(CONFIGS["llama-gqa"], n_layers=1), SEED)
     for n_prompts, n_pos in ((1, 9), (3, 1), (1, 1)):
