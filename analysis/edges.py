@@ -23,17 +23,12 @@ from subcircuit.engine.errors import PatchError, TaskError
 from subcircuit.engine.model import HookedTransformer
 from subcircuit.engine.patching import Effects, Patch, PatchSet, Site, Source
 from subcircuit.engine.patching.edge_delta import EdgeSet
-from subcircuit.engine.patching.edges import (
-    EdgeSession,
-    check_freeze,
-    edge_effects,
-    patched_activations,
-    path_effects,
-)
+from subcircuit.engine.patching.edge_session import EdgeSession
+from subcircuit.engine.patching.edges import edge_effects, patched_activations, path_effects
 from subcircuit.engine.patching.graph import INPUT, LOGITS, Edge, check_edge, edges, edges_among, layer_of, readers
 from subcircuit.engine.patching.metric import Metric
 from subcircuit.engine.patching.options import Executor, Precision
-from subcircuit.engine.patching.path_delta import Freeze
+from subcircuit.engine.patching.path_delta import Freeze, check_freeze
 from subcircuit.engine.patching.sites import source_name
 
 Progress = Callable[[int, int], None]

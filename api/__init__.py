@@ -67,7 +67,8 @@ if TYPE_CHECKING:
     from subcircuit.engine.model import HookedTransformer
     from subcircuit.engine.patching import Component, DeltaSession, Effects, Patch, Site, patch_effects
     from subcircuit.engine.patching.edge_delta import EdgeSet
-    from subcircuit.engine.patching.edges import EdgeSession, edge_effects, path_effects
+    from subcircuit.engine.patching.edge_session import EdgeSession
+    from subcircuit.engine.patching.edges import edge_effects, path_effects
     from subcircuit.engine.patching.planner import Plan
     from subcircuit.engine.steering import Steering, mean_difference, steered_source
     from subcircuit.weights.dictionary import load_dictionary, save_dictionary
@@ -217,8 +218,8 @@ _HOMES = {
         "patch_effects",
     ),
     "engine.patching.edge_delta": ("EdgeSet",),
+    "engine.patching.edge_session": ("EdgeSession",),
     "engine.patching.edges": (
-        "EdgeSession",
         "edge_effects",
         "path_effects",
     ),

@@ -38,7 +38,8 @@ from subcircuit.kernels.backend import Backend
 # beside the effect.
 LARGE_DELTA = 0.45
 
-# Where x + δ is this many times smaller than x, their sum has lost a digit, in float32 too.
+# Where x + δ is this many times smaller than x, their sum has lost a digit, in float32 too; in float64 as many more
+# times as it has digits more.
 LARGE_SHRINKAGE = 10
 
 
@@ -266,10 +267,8 @@ class DataSession:
 
     def _to_repeat(self, departures: Departures) -> tuple[list[int], list[int]]:
         """Sets to compute once more with products in the precision of the clean run, and as full forwards."""
-        if self._compute_dtype != torch.float32:
-            return [], []
         size, shrinkage = torch.stack((departures.size, departures.shrinkage)).cpu()
-        full = shrinkage > LARGE_SHRINKAGE
+        full = shrinkage > LARGE_SHRINKAGE * torch.finfo(torch.float32).eps / torch.finfo(self._compute_dtype).eps
         precise = (size > LARGE_DELTA) & ~full
         if not self._rounds:
             precise[:] = False

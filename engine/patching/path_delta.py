@@ -10,12 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import Literal, cast
+from typing import Literal, cast, get_args
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from subcircuit.engine.errors import PatchError
 from subcircuit.engine.patching.delta import Departures
 from subcircuit.engine.patching.edge_delta import EdgeRun, Pairs, SenderKind, Unchanged
 from subcircuit.engine.patching.graph import LOGITS, Edge, EdgeIndex
@@ -23,6 +24,12 @@ from subcircuit.engine.patching.sites import PatchSet
 
 Freeze = Literal["heads", "heads+mlps", "none"]
 Changes = Float[Tensor, "sender prompt pos d_model"]
+
+
+def check_freeze(freeze: str) -> None:
+    """Raises PatchError for what path patching cannot hold fixed."""
+    if freeze not in get_args(Freeze):
+        raise PatchError(f"freeze {freeze!r} is not known; expected one of {', '.join(get_args(Freeze))}")
 
 
 class Paths(Unchanged):

@@ -14,6 +14,9 @@ from patching_cases import CONFIGS, random_model, random_prompts, relative_error
 from subcircuit.engine.errors import PatchError
 from subcircuit.engine.patching import DeltaSession, patch_effects
 from subcircuit.engine.patching.delta import DeltaRun
+from subcircuit.engine.patching.edge_delta import EdgeRun
+from subcircuit.engine.patching.edge_session import EdgeSession
+from subcircuit.engine.patching.graph import edges
 from subcircuit.engine.patching.memory import is_out_of_memory
 from subcircuit.engine.patching.sites import as_patch_set
 
@@ -35,9 +38,9 @@ def sites_of(model):
     return [f"a{layer}.h{head}" for layer in range(3) for head in range(4)] + ["m0", "m1", "m2"]
 
 
-def run_out(monkeypatch, name, too_much, error):
+def run_out(monkeypatch, name, too_much, error, run_class=DeltaRun):
     """Let a method of DeltaRun fail wherever `too_much` says so of its arguments; the sizes at which it did."""
-    failed, original = [], getattr(DeltaRun, name)
+    failed, original = [], getattr(run_class, name)
 
     def method(self, *args):
         n = too_much(self, *args)
@@ -46,7 +49,7 @@ def run_out(monkeypatch, name, too_much, error):
             raise error
         return original(self, *args)
 
-    monkeypatch.setattr(DeltaRun, name, method)
+    monkeypatch.setattr(run_class, name, method)
     return failed
 
 
@@ -78,6 +81,34 @@ def test_prompts_that_do_not_fit_are_halved_for_later_calls_too(case, monkeypatc
             assert relative_error(result.clean_metric, expected.clean_metric) < 1e-12
             assert session.effects(sites_of(model)).n_halvings == 0
             assert calls[-1] == (15 * 8, 15 * 8)
+
+
+@pytest.mark.parametrize("call", [EdgeSession.edge_effects, EdgeSession.path_effects])
+def test_edges_and_paths_that_do_not_fit_are_halved(case, monkeypatch, call):
+    model, prompts = case
+    chosen = random.Random(SEED).sample(edges(model.config), 30)
+    expected = call(EdgeSession(model, prompts, precision="fp64"), chosen)
+    assert expected.n_halvings == 0
+    rows = lambda run, changes, *_: changes.n_sets if changes.n_sets > 1 else 0  # noqa: E731
+    of_prompts = lambda run, *_: len(run.chunk) if len(run.chunk) > 2 else 0  # noqa: E731
+    for name, too_much in (("climb", rows), ("climb", of_prompts), ("_run_clean", of_prompts)):
+        with monkeypatch.context() as patched:
+            failed = run_out(patched, name, too_much, ERRORS["cpu"], EdgeRun)
+            session, calls = EdgeSession(model, prompts, precision="fp64"), []
+            result = call(session, chosen, progress=lambda *done, calls=calls: calls.append(done))
+            assert result.n_halvings == len(failed) > 0
+            assert relative_error(result.effects, expected.effects) < 1e-10
+            assert relative_error(result.clean_metric, expected.clean_metric) < 1e-12
+            assert calls[-1] == (30 * 8, 30 * 8)
+            assert call(session, chosen).n_halvings == 0  # later calls begin with smaller chunks
+
+
+@pytest.mark.parametrize("call", [EdgeSession.edge_effects, EdgeSession.path_effects])
+def test_a_single_edge_that_does_not_fit_is_one_line(case, monkeypatch, call):
+    model, prompts = case
+    run_out(monkeypatch, "climb", lambda *_: 1, ERRORS["cpu"], EdgeRun)
+    with pytest.raises(PatchError, match="no room for a single row of 9 tokens"):
+        call(EdgeSession(model, prompts), [("a0.h0", "m1")])
 
 
 def test_a_single_row_that_does_not_fit_is_one_line(case, monkeypatch):
