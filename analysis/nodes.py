@@ -53,12 +53,12 @@ def candidate_nodes(
 def check_nodes(nodes: Iterable[Component], model: HookedTransformer, beside: Iterable[Component] = ()) -> None:
     """Raises PatchError for nodes that the model lacks or that no circuit can have, and for an MLP or head among nodes
     (or those `beside` them) that its features stand in place of."""
-    nodes = list(nodes)
+    nodes = sorted(nodes, key=in_order)  # so that of several wrong ones always the same is named
     for node in nodes:
         node.check(model.config, model.dictionaries)
         check_kind(node)
     kinds = {(node.layer, node.kind) for node in (*nodes, *beside)}
-    for layer, kind in kinds:
+    for layer, kind in sorted(kinds):
         if kind in IN_PLACE_OF and (layer, IN_PLACE_OF[kind]) in kinds:
             what = "the MLP" if kind == "mlp_feature" else "heads"
             raise PatchError(f"{what} of layer {layer} and features in place of it are nodes at once; expected either")
