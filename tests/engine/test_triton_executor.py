@@ -11,8 +11,7 @@ import torch
 import subcircuit as sc
 from patching_cases import CONFIGS, random_model, random_prompts, relative_error
 from subcircuit.engine.errors import PatchError
-from subcircuit.engine.patching import Component, DeltaSession, Patch, Site, patch_effects
-from subcircuit.engine.patching import session as session_module
+from subcircuit.engine.patching import Component, DeltaSession, Patch, Site, options, patch_effects
 from subcircuit.kernels.backend import triton_runs_on
 
 SEED = random.randrange(10**6)
@@ -88,7 +87,7 @@ def test_a_head_and_an_mlp_of_tiny_gpt2():
 
 def test_where_triton_cannot_run_the_error_says_what_can(case, monkeypatch):
     model, prompts = case
-    monkeypatch.setattr(session_module, "triton_runs_on", lambda device: False)
+    monkeypatch.setattr(options, "triton_runs_on", lambda device: False)
     with pytest.raises(PatchError, match="executor 'torch' runs everywhere"):
         patch_effects(model, prompts, ["a0.h0"], executor="triton")
 
