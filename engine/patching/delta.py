@@ -254,6 +254,16 @@ class DeltaRun:
                 self._base_deltas.append(self._block(below, self._base_deltas[below], patches, self._base_first))
         return self._base_deltas[layer]
 
+    def base_size(self) -> float:
+        """|δ| / |x| of the base alone on leaving the first layer that it patches, the largest over prompts and
+        positions."""
+        if not self._base:
+            return 0.0
+        layer = min(patch.site.component.layer for patch in self._base) + 1
+        delta, departures = self._base_delta(layer), Departures.none(1, self.final)
+        departures.include(delta, self._clean_entering(layer, self._base_first, delta))
+        return float(departures.size)
+
     def enter(self, patch_sets: Sequence[PatchSet], start: Start, departures: Departures | None = None) -> Rows:
         """Patch sets (on top of the base) that all start at `start`, run through their first layer; `departures` takes
         how much they depart there, if given."""

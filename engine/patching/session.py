@@ -12,7 +12,7 @@ from torch import Tensor
 
 from subcircuit.engine.model import HookedTransformer
 from subcircuit.engine.patching.compile import Masks, compile_masks
-from subcircuit.engine.patching.data_session import Count, DataSession, Effects
+from subcircuit.engine.patching.data_session import LARGE_DELTA, Count, DataSession, Effects
 from subcircuit.engine.patching.delta import DeltaRun, Departures
 from subcircuit.engine.patching.memory import clean_bytes
 from subcircuit.engine.patching.metric import Metrics, check_metric
@@ -61,7 +61,8 @@ class DeltaSession(DataSession):
         """Effects of patch sets on every prompt, each set on top of the patches of `base`; with `part`, on the prompts
         of that one of the session's parts, and 0 on the others.
 
-        A base's δ is kept from call to call: what changes in it costs only the layers from there on.
+        A base's δ is kept from call to call: what changes in it costs only the layers from there on. Where it is large,
+        bfloat16 has no digits for it, and all rows on it have float32 products.
         """
         sets = [as_patch_set(patch_set) for patch_set in patch_sets]
         self.check([*sets, base])
@@ -78,8 +79,14 @@ class DeltaSession(DataSession):
     ) -> tuple[int, int]:
         """Effects on the prompts of a run, into their places; how many sets were repeated in float32 and in full."""
         first_different = int(self._firsts[run.chunk].min())
-        run.set_base(base, self._first_position(base, first_different))
+        first = self._first_position(base, first_different)
+        run.set_base(base, first)
         starts = self._starts(sets, base, first_different)
+        if base and self._rounds and run.base_size() > LARGE_DELTA:
+            precise_run = self._precise(run)
+            precise_run.set_base(base, first)
+            self._propagate(precise_run, sets, starts, range(len(sets)), effects, None, count)
+            return len(sets), 0
         if base or self._compute_dtype != torch.float32:
             self._propagate(run, sets, starts, range(len(sets)), effects, None, count)
             return 0, 0

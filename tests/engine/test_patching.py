@@ -143,6 +143,23 @@ def test_a_base_that_changes_from_call_to_call_equals_full_forwards(case, source
         assert relative_error(session.effects(extras, base=base).effects, reference.effects) < 1e-12
 
 
+def test_rows_on_a_large_base_are_computed_in_float32(case):
+    model, prompts = case
+    base = tuple(Patch(Site.of(f"a{layer}.h{head}")) for layer in (0, 1) for head in range(4))
+    base = (*base, Patch(Site.of("m0")), Patch(Site.of("m1")))
+    sets = [(), (Patch(Site.of("a2.h0")),), (Patch(Site.of("m2")),)]
+    reference = patch_effects(
+        model, prompts, [(*base, *each) for each in sets], source="zero", executor="reference", precision="fp64"
+    ).effects
+    result = DeltaSession(model, prompts, source="zero", precision="bf16").effects(sets, base=base)
+    assert (result.n_precise, result.n_full) == (result.effects.numel(), 0)
+    assert relative_error(result.effects, reference) < TOLERANCE["fp32"]
+    clean = model.run_with_cache(prompts.clean)[1]
+    near = {name: 0.98 * clean[name] for name in ("blocks.0.attn.hook_z", "blocks.0.hook_mlp_out")}
+    small = tuple(Patch(Site.of(name), near) for name in ("a0.h1", "m0"))
+    assert DeltaSession(model, prompts, precision="bf16").effects(sets, base=small).n_precise == 0
+
+
 def test_a_base_may_start_at_a_later_position_than_its_rows(case):
     model, prompts = case
     session = DeltaSession(model, prompts, precision="fp64")
