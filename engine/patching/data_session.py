@@ -1,5 +1,6 @@
 """One data set in delta form: its clean runs, kept from call to call, and the way of all rows over them, in chunks that
-fit memory. `session` runs patched nodes on it, `edges` removed edges and paths."""
+fit memory. `session` runs patched nodes on it, `edge_session` removed edges and
+paths."""
 
 from __future__ import annotations
 

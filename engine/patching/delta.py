@@ -268,15 +268,17 @@ class DeltaRun:
         """Patch sets (on top of the base) that all start at `start`, run through their first layer; `departures` takes
         how much they depart there, if given."""
         first = min(start.first, self._base_first) if self._base else start.first
-        patches = self._patches([(*self._base, *patch_set) for patch_set in patch_sets], first, start.layer)
+        last = self.n_pos - 1 if self._base else last_changed(patch_sets, start, self.config.n_layers, self.n_pos)
+        is_short = last < self.n_pos - 1
+        sets = [(*self._base, *patch_set) for patch_set in patch_sets]
+        patches = self._patches(sets, first, start.layer + is_short)
         delta = self._padded(self._base_delta(start.layer), first)
         if departures is not None:
             entering = self._patched_resid(start.layer, delta, patches, first)
             departures.include(entering, self._clean_entering(start.layer, first, entering))
         if start.layer == self.config.n_layers:
             return Rows(patch_sets, patches, delta, start.layer, first)
-        last = self.n_pos - 1 if self._base else last_changed(patch_sets, start, self.config.n_layers, self.n_pos)
-        if last < self.n_pos - 1:
+        if is_short:
             short = self._until(last + 1, start.layer)
             delta = short._block(start.layer, NOTHING, short._patches(patch_sets, first, start.layer), first)
         else:

@@ -74,7 +74,7 @@ class DeltaSession(DataSession):
         sets: Sequence[PatchSet],
         base: PatchSet,
         run: DeltaRun,
-        effects: Float[Tensor, "set prompt"],
+        effects: Float[Tensor, "set prompt *metric"],
         count: Count,
     ) -> tuple[int, int]:
         """Effects on the prompts of a run, into their places; how many sets were repeated in float32 and in full."""
@@ -82,14 +82,13 @@ class DeltaSession(DataSession):
         first = self._first_position(base, first_different)
         run.set_base(base, first)
         starts = self._starts(sets, base, first_different)
-        if base and self._rounds and run.base_size() > LARGE_DELTA:
-            precise_run = self._precise(run)
-            precise_run.set_base(base, first)
-            self._propagate(precise_run, sets, starts, range(len(sets)), effects, None, count)
-            return len(sets), 0
+        on_large_base = self._rounds and run.base_size() > LARGE_DELTA
+        if on_large_base:
+            run = self._precise(run)
+            run.set_base(base, first)
         if base or self._compute_dtype != torch.float32:
             self._propagate(run, sets, starts, range(len(sets)), effects, None, count)
-            return 0, 0
+            return len(sets) if on_large_base else 0, 0
         departures = Departures.none(len(sets), effects)
         self._propagate(run, sets, starts, range(len(sets)), effects, departures, count)
         precise, full = self._to_repeat(departures)
