@@ -12,7 +12,7 @@ import torch
 
 from subcircuit.engine.blocks import Block
 from subcircuit.engine.model import HookedTransformer
-from subcircuit.engine.patching.delta import DeltaRun, Departures, LayerWeights, Patches
+from subcircuit.engine.patching.delta import DeltaRun, Departures, Patches
 from subcircuit.engine.patching.flops import chunk_flops, clean_flops
 from subcircuit.engine.patching.plan import Chunk, Start
 from subcircuit.engine.patching.session import DeltaSession
@@ -117,7 +117,7 @@ class _Bench:
         tensors = {name: parameters[name] for name in HookedTransformer.parameter_shapes(self.config)}
         self.model = HookedTransformer(self.config, tensors)
         self.blocks = [cast(Block, block) for block in self.model.blocks]
-        self.weights = cache(lambda layer: LayerWeights.of(self.blocks[layer], session.product_dtype))
+        self.weights = cache(lambda layer: session.weights_of(self.blocks[layer]))
         self.run = cache(self._run)
 
     def _run(self, n_prompts: int) -> DeltaRun:
@@ -166,7 +166,7 @@ class _Bench:
         return self._seconds(lambda: self._run(n_prompts)) / (flops * n_prompts)
 
     def layer_copy_seconds(self) -> float:
-        return self._seconds(lambda: LayerWeights.of(self.blocks[0], self.session.product_dtype))
+        return self._seconds(lambda: self.session.weights_of(self.blocks[0]))
 
     def _seconds(self, work: Callable[[], object]) -> float:
         """Mean over several runs, after one that warms up."""

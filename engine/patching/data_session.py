@@ -115,14 +115,15 @@ class DataSession:
         self.prompts, self.metric = prompts, metric
         self._product_dtype, self._compute_dtype = product_dtype, compute_dtype
         blocks = [cast(Block, block) for block in self.model.blocks]
-        self._weights = cache(lambda layer: LayerWeights.of(blocks[layer], product_dtype))
+        self.budget_bytes = default_budget(self.model.device) if budget_bytes is None else budget_bytes
+        self.copied_bytes, lays_out = copied_bytes(model, product_dtype, compute_dtype, self.budget_bytes)
+        self.weights_of = partial(LayerWeights.of, dtype=product_dtype, lay_out=lays_out)
+        self._weights = cache(lambda layer: self.weights_of(blocks[layer]))
         # Of the layer in work only: together they would be a copy of the model.
         self._precise_weights = lru_cache(maxsize=1)(lambda layer: LayerWeights.of(blocks[layer], compute_dtype))
         self.n_prompts, self.n_pos = prompts.clean.shape
         on_cpu = self.model.device.type == "cpu"
         self._backend: Backend = "triton" if executor == "triton" else "native" if on_cpu else "torch"
-        self.budget_bytes = default_budget(self.model.device) if budget_bytes is None else budget_bytes
-        self.copied_bytes = copied_bytes(model, product_dtype, compute_dtype)
         element_size, product_size = (torch.finfo(dtype).bits // 8 for dtype in (compute_dtype, product_dtype))
         fused = self._backend != "torch"
         self.sizes = Sizes(model.config, self.n_pos, element_size, product_size, fused, metric, self.model.dictionaries)

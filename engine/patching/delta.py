@@ -46,6 +46,7 @@ from subcircuit.kernels.activation_delta import activation_delta
 from subcircuit.kernels.attention_delta import attention_delta, replace_heads
 from subcircuit.kernels.backend import Backend
 from subcircuit.kernels.head_fanout import head_fanout
+from subcircuit.kernels.linear import laid_out, linear
 from subcircuit.kernels.norm_delta import norm_delta
 
 Delta = Float[Tensor, "#set prompt pos d"]
@@ -78,26 +79,32 @@ class Patches:
 
 @dataclass(frozen=True)
 class LayerWeights:
-    """A block's linear weights, [out, in], in the dtype of the δ products; those that share an input are one."""
+    """A block's linear weights, [out, in], as the δ products take them."""
 
-    qkv: Tensor
+    q: Tensor
+    k: Tensor
+    v: Tensor
     o: Tensor
-    pre: Tensor
-    """The gate, where there is one, above the input projection."""
+    gate: Tensor | None
+    inner: Tensor
     out: Tensor
 
     @classmethod
-    def of(cls, block: Block, dtype: torch.dtype) -> LayerWeights:
+    def of(cls, block: Block, dtype: torch.dtype, lay_out: bool = False) -> LayerWeights:
+        def weight(linear: Linear) -> Tensor:
+            cast_weight = linear.weight.to(dtype)
+            return laid_out(cast_weight) if lay_out else cast_weight
+
         attn, mlp = block.attn, block.mlp
-        pre = (mlp.w_in,) if mlp.w_gate is None else (mlp.w_gate, mlp.w_in)
-        qkv = (attn.w_q, attn.w_k, attn.w_v)
-        return cls(*(_stacked(linears, dtype) for linears in (qkv, (attn.w_o,), pre, (mlp.w_out,))))
-
-
-def _stacked(linears: Sequence[Linear], dtype: torch.dtype) -> Tensor:
-    """Weights one above the other; a single one is not copied."""
-    weights = [linear.weight.to(dtype) for linear in linears]
-    return torch.cat(weights) if len(weights) > 1 else weights[0]
+        return cls(
+            q=weight(attn.w_q),
+            k=weight(attn.w_k),
+            v=weight(attn.w_v),
+            o=weight(attn.w_o),
+            gate=None if mlp.w_gate is None else weight(mlp.w_gate),
+            inner=weight(mlp.w_in),
+            out=weight(mlp.w_out),
+        )
 
 
 @dataclass(frozen=True)
@@ -372,7 +379,7 @@ class DeltaRun:
         delta_z = patched(None, at_z, n_read) if delta_z is None else delta_z.flatten(3)
         if features is not None:
             delta_z = features.patched(delta_z, n_read)
-        return resid, None if delta_z is None else self._product(delta_z, weights.o)
+        return resid, None if delta_z is None else linear(delta_z, weights.o)
 
     def _delta_z(
         self, layer: int, delta: Split, patches: Patches, at_z: Sequence[HookPatch], first: int, n_read: int
@@ -388,18 +395,16 @@ class DeltaRun:
         values."""
         if _is_nothing(delta):
             return None, (None, None, None)
-        clean, weights, norm = self.clean[layer], self.weights(layer).qkv, cast(Block, self.model.blocks[layer]).ln1
-        n_q, n_kv = self.config.n_heads * self.config.d_head, self.config.kv_heads * self.config.d_head
+        clean, weights, norm = self.clean[layer], self.weights(layer), cast(Block, self.model.blocks[layer]).ln1
         n_moved, n_new = next(part.shape[2] for part in delta if part is not None), self.n_pos - first
         moved = slice(first, first + n_moved)
         resid, normed = self._norm_delta(clean.resid_pre[:, moved], clean.normed1[:, moved], delta, norm)
+        delta_k, delta_v = (_at_least(linear(normed, weight), n_new) for weight in (weights.k, weights.v))
         if n_read == n_new:
-            delta_q, delta_k, delta_v = self._product(normed, weights).split((n_q, n_kv, n_kv), dim=-1)
-            delta_q = _at_least(delta_q, n_new)
+            delta_q = _at_least(linear(normed, weights.q), n_new)
         else:
-            delta_q = self._product(normed[:, :, -n_read:], weights[:n_q]) if n_moved == n_new else None
-            delta_k, delta_v = self._product(normed, weights[n_q:]).split((n_kv, n_kv), dim=-1)
-        return _at_least(resid, n_new), (delta_q, _at_least(delta_k, n_new), _at_least(delta_v, n_new))
+            delta_q = linear(normed[:, :, -n_read:], weights.q) if n_moved == n_new else None
+        return _at_least(resid, n_new), (delta_q, delta_k, delta_v)
 
     def _attend(
         self,
@@ -445,8 +450,9 @@ class DeltaRun:
         if not _is_nothing(delta_mid):
             norm = cast(Block, self.model.blocks[layer]).ln2
             resid, normed = self._norm_delta(clean.resid_mid[:, -n_read:], clean.normed2[:, -n_read:], delta_mid, norm)
-            pre = self._product(normed, weights.pre)
-            delta_pre, delta_linear = pre.chunk(2, -1) if self.config.gated_mlp else (pre, None)
+            delta_inner = linear(normed, weights.inner)
+            delta_gate = None if weights.gate is None else linear(normed, weights.gate)
+            delta_pre, delta_linear = (delta_inner, None) if delta_gate is None else (delta_gate, delta_inner)
             delta_post = activation_delta(
                 clean.pre[:, -n_read:],
                 clean.post[:, -n_read:],
@@ -458,7 +464,7 @@ class DeltaRun:
                 backend=self.backend,
             )
         delta_post = patched(delta_post, patches.at(f"{name}.mlp.hook_post"), n_read)
-        delta_out = None if delta_post is None else self._product(delta_post, weights.out)
+        delta_out = None if delta_post is None else linear(delta_post, weights.out)
         return resid, patches.applied(f"{name}.hook_mlp_out", delta_out, n_read)
 
     def _norm_delta(self, clean: Tensor, clean_normed: Tensor, delta: Split, norm: Norm) -> tuple[Delta, Delta]:
@@ -478,11 +484,6 @@ class DeltaRun:
             product=product,
             backend=self.backend,
         )
-
-    def _product(self, delta: Tensor, weight: Tensor) -> Delta:
-        """δ times a linear weight, in the precision of the products."""
-        rows = delta.to(weight.dtype).reshape(-1, weight.shape[1])  # of a slice, F.linear would copy the weight instead
-        return F.linear(rows, weight).view(*delta.shape[:-1], -1)
 
     def _heads(self, delta: Tensor | None) -> Float[Tensor, "#set prompt pos head d_head"] | None:
         return None if delta is None else delta.unflatten(-1, (-1, self.config.d_head))

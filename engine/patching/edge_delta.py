@@ -25,6 +25,7 @@ from subcircuit.engine.patching.compile import MaskArray, patched
 from subcircuit.engine.patching.delta import Delta, DeltaRun, LayerWeights, Patches, Rows, first_difference
 from subcircuit.engine.patching.graph import INPUT, LOGITS, Edge, EdgeIndex
 from subcircuit.engine.patching.sites import Component, PatchSet
+from subcircuit.kernels.linear import linear
 
 SenderKind = Literal["resid", "z", "mlp"]
 """`resid` is the residual stream entering layer 0: the embeddings, known as `input`."""
@@ -156,7 +157,7 @@ class EdgeRun(DeltaRun):
         change = change if delta is None else change - delta
         if kind != "z":
             return change[:, None]
-        weight = self.weights(layer).o
+        weight = cast(Block, self.model.blocks[layer]).attn.w_o.weight.to(self.product_dtype)
         per_head = weight.unflatten(1, (self.config.n_heads, -1))[:, list(indices)]
         chosen = change[..., list(indices), :].to(weight.dtype)
         return torch.einsum("sptnh,dnh->snptd", chosen, per_head).to(self.model.dtype)
@@ -207,7 +208,7 @@ class EdgeRun(DeltaRun):
         if features is not None:
             delta_z = self._heads(features.patched(None if delta_z is None else delta_z.flatten(3), n_read))
         changes.passed(layer, "z", delta_z)
-        attn_out = None if delta_z is None else self._product(delta_z.flatten(3), self.weights(layer).o)
+        attn_out = None if delta_z is None else linear(delta_z.flatten(3), self.weights(layer).o)
         return resid_pre, delta_z, added(None if resid_pre is None else resid_pre[:, :, -n_read:], attn_out)
 
     def _own_qkv(
@@ -215,13 +216,12 @@ class EdgeRun(DeltaRun):
     ) -> tuple[Delta | None, Delta | None, Delta | None]:
         """δq, δk and δv, with those of the heads that read something of their own."""
         _, (delta_q, delta_k, delta_v) = self._delta_qkv(layer, (resid, None), first, n_read)
-        n_q, n_kv = self.config.n_heads * self.config.d_head, self.config.kv_heads * self.config.d_head
-        w_q, w_k, w_v = self.weights(layer).qkv.split((n_q, n_kv, n_kv))
+        attn = cast(Block, self.model.blocks[layer]).attn
         n_new = self.n_pos - first
         return (
-            self._own_heads(f"a{layer}.q", delta_q, w_q, resid, n_read, changes),
-            self._own_heads(f"a{layer}.k", delta_k, w_k, resid, n_new, changes),
-            self._own_heads(f"a{layer}.v", delta_v, w_v, resid, n_new, changes),
+            self._own_heads(f"a{layer}.q", delta_q, attn.w_q.weight, resid, n_read, changes),
+            self._own_heads(f"a{layer}.k", delta_k, attn.w_k.weight, resid, n_new, changes),
+            self._own_heads(f"a{layer}.v", delta_v, attn.w_v.weight, resid, n_new, changes),
         )
 
     def _own_heads(
@@ -241,7 +241,8 @@ class EdgeRun(DeltaRun):
         for receiver, pairs in groupby(enumerate(found[0]), key=lambda pair: pair[1][1]):
             at, rows = zip(*((i, row) for i, (row, _) in pairs), strict=True)
             head = Component.parse(receiver).index
-            whole[list(rows), :, :, head] = self._product(normed[at[0] : at[-1] + 1], per_head[head])
+            own_weight = per_head[head].to(self.product_dtype)
+            whole[list(rows), :, :, head] = linear(normed[at[0] : at[-1] + 1], own_weight)
         return cast(Tensor, whole.flatten(-2))
 
 

@@ -17,6 +17,7 @@ from subcircuit.engine.model import HookedTransformer
 from subcircuit.engine.patching.metric import Metrics, clean_readout_bytes
 from subcircuit.engine.patching.plan import TOKENS_PER_CHUNK, prompt_chunks
 from subcircuit.engine.patching.sources import PromptChunk, SourceKey, tail_shape
+from subcircuit.kernels.linear import can_lay_out
 
 # Of the budget, for what is not counted one by one: freed blocks that the allocator keeps, buffers of the products.
 SLACK = 0.05
@@ -78,18 +79,21 @@ def clean_bytes(config: ModelConfig, n_pos: int, element_size: int) -> int:
     return config.n_layers * Sizes(config, n_pos, element_size, element_size, fused=False).clean_layer()
 
 
-def copied_bytes(model: HookedTransformer, product_dtype: torch.dtype, compute_dtype: torch.dtype) -> int:
-    """Bytes of the copies of weights that a session makes: in another precision, and where products share an input."""
+def copied_bytes(
+    model: HookedTransformer, product_dtype: torch.dtype, compute_dtype: torch.dtype, budget_bytes: int
+) -> tuple[int, bool]:
+    """Bytes of the copies of weights that a session makes, and whether it lays out the linear ones for the products:
+    where they are to be cast anyway, and where a copy for that alone takes half of the budget at most."""
     n_bytes = 0
     if model.dtype != compute_dtype:
         n_bytes += sum(weight.numel() for weight in model.parameters()) * torch.finfo(compute_dtype).bits // 8
     config = model.config
-    stacked = config.d_model * (config.n_heads + 2 * config.kv_heads) * config.d_head
-    stacked += 2 * config.d_model * config.d_mlp if config.gated_mlp else 0
-    alone = config.d_model * config.n_heads * config.d_head
-    alone += (1 if config.gated_mlp else 2) * config.d_model * config.d_mlp
-    copied = stacked if product_dtype == compute_dtype else stacked + alone
-    return n_bytes + config.n_layers * copied * torch.finfo(product_dtype).bits // 8
+    linear = config.d_model * 2 * (config.n_heads + config.kv_heads) * config.d_head
+    linear += (3 if config.gated_mlp else 2) * config.d_model * config.d_mlp
+    linear *= config.n_layers * torch.finfo(product_dtype).bits // 8
+    is_cast = product_dtype != compute_dtype
+    lays_out = can_lay_out(model.device, product_dtype) and (is_cast or n_bytes + linear <= budget_bytes // 2)
+    return (n_bytes + linear, lays_out) if is_cast or lays_out else (n_bytes, False)
 
 
 _KEPT_ANYWAY = ("attn.hook_z", "attn.hook_v", "hook_resid_pre", "mlp.hook_post")
