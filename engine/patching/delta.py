@@ -37,7 +37,7 @@ from subcircuit.engine.model import HookedTransformer
 from subcircuit.engine.patching.answers import token_sets
 from subcircuit.engine.patching.compile import HookPatch, compile_masks, hook_patches, patched
 from subcircuit.engine.patching.features import FeaturePatch, feature_patches
-from subcircuit.engine.patching.metric import Metrics, readout_of
+from subcircuit.engine.patching.metric import MetricReadout, Metrics
 from subcircuit.engine.patching.plan import Start, last_changed
 from subcircuit.engine.patching.sites import PatchSet
 from subcircuit.engine.patching.sources import AlignedPrompts, PromptChunk, Sources, activations
@@ -185,7 +185,7 @@ class DeltaRun:
             self._rotation = rope_tables(rope_frequencies(self.config), positions, model.dtype)
         self._run_clean()
         answers, wrongs = (tokens[chunk] for tokens in token_sets(prompts))
-        self.readout = readout_of(model, self.final, answers, wrongs, metric, backend)
+        self.readout = MetricReadout(model, self.final, answers, wrongs, metric, backend)
         self._base: PatchSet = ()
         self._base_first = 0
         self._base_deltas: list[Split] = []
