@@ -314,13 +314,16 @@ class DeltaRun:
 
     def leave(self, rows: Rows) -> Float[Tensor, "set prompt *metric"]:
         """Run patch sets through the layers above and read their effects."""
+        return self.readout.effects(self.rise(rows))
+
+    def rise(self, rows: Rows) -> Float[Tensor, "set prompt d_model"]:
+        """Run patch sets through the layers above: δ of the final residual stream, where the metric is read."""
         delta = rows.delta
         for layer in range(rows.layer, self.config.n_layers):
             delta = self._block(layer, delta, rows.patches, rows.first)
         final = _joined((_last(delta[0]), _last(delta[1])))
-        if final is None:
-            return self.final.new_zeros(len(rows.patch_sets), *self.clean_metric.shape)
-        return self.readout.effects(final).expand(len(rows.patch_sets), *self.clean_metric.shape)
+        shape = len(rows.patch_sets), *self.final.shape
+        return self.final.new_zeros(shape) if final is None else final.expand(shape)
 
     def with_weights(self, weights: Callable[[int], LayerWeights], product_dtype: torch.dtype) -> DeltaRun:
         """The same clean run with the products in another precision, and no base."""

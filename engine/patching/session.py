@@ -30,6 +30,31 @@ from subcircuit.engine.patching.reference import Progress, patched_metric, refer
 from subcircuit.engine.patching.sites import Patch, PatchSet, Site, Source, as_patch_set
 from subcircuit.engine.patching.sources import AlignedPrompts, PromptChunk
 
+# Of a vocabulary that is read for fewer rows, most of the time goes to fetching it.
+ROWS_READ_AT_ONCE = 256
+
+
+class _Reading:
+    """Rows of a run that have passed the last layer, and wait for others to be read with them."""
+
+    def __init__(self, run: DeltaRun, effects: Float[Tensor, "set prompt *metric"]) -> None:
+        self._run, self._effects = run, effects
+        self._waiting: list[tuple[list[int], Float[Tensor, "set prompt d_model"]]] = []
+
+    def add(self, sets: list[int], final: Float[Tensor, "set prompt d_model"]) -> None:
+        """Take the final δ of sets, by index."""
+        self._waiting.append((sets, final))
+        if sum(len(sets) for sets, _ in self._waiting) * self._run.n_prompts >= ROWS_READ_AT_ONCE:
+            self.finish()
+
+    def finish(self) -> None:
+        """Read the effects of all that wait, into their places."""
+        if self._waiting:
+            indices = torch.tensor([i for sets, _ in self._waiting for i in sets])
+            final = torch.cat([final for _, final in self._waiting])
+            self._effects[indices[:, None], self._run.chunk] = self._run.readout.effects(final)
+            self._waiting.clear()
+
 
 class DeltaSession(DataSession):
     """Delta-form patching of one data set: the clean run is made once and serves every call of `effects`.
@@ -109,18 +134,20 @@ class DeltaSession(DataSession):
         """Compute the chosen sets for one chunk of prompts, into their places among the effects and departures."""
         chunks = plan_chunks([starts[i] for i in chosen], run.n_prompts, self.n_pos, self._layout.max_tokens)
         chunks = [replace(chunk, sets=tuple(chosen[i] for i in chunk.sets)) for chunk in chunks]
-        self._over_rows(run, chunks, partial(self._propagate_chunk, run, sets, effects, departures), count)
+        reading = _Reading(run, effects)
+        self._over_rows(run, chunks, partial(self._propagate_chunk, run, sets, reading, departures), count)
+        reading.finish()
 
     def _propagate_chunk(
         self,
         run: DeltaRun,
         sets: Sequence[PatchSet],
-        effects: Float[Tensor, "set prompt *metric"],
+        reading: _Reading,
         departures: Departures | None,
         chunk: Chunk,
     ) -> None:
         indices = list(chunk.sets)
-        found = None if departures is None else Departures.none(len(indices), effects)
+        found = None if departures is None else Departures.none(len(indices), run.final)
         rows = run.enter([sets[i] for i in indices], chunk.start, found)
         if departures is not None and found is not None:
             at = torch.tensor(indices)
@@ -131,7 +158,7 @@ class DeltaSession(DataSession):
                 left = [i for i in range(len(indices)) if i not in again]
                 rows, indices = run.select(rows, left), [indices[i] for i in left]
         if indices:
-            effects[torch.tensor(indices)[:, None], run.chunk] = run.leave(rows)
+            reading.add(indices, run.rise(rows))
 
     def _repeat_fully(
         self,
