@@ -270,8 +270,7 @@ class DeltaRun:
         first = min(start.first, self._base_first) if self._base else start.first
         last = self.n_pos - 1 if self._base else last_changed(patch_sets, start, self.config.n_layers, self.n_pos)
         is_short = last < self.n_pos - 1
-        sets = [(*self._base, *patch_set) for patch_set in patch_sets]
-        patches = self._patches(sets, first, start.layer + is_short)
+        patches = self._patches(patch_sets, first, start.layer + is_short, self._base)
         delta = self._padded(self._base_delta(start.layer), first)
         if departures is not None:
             entering = self._patched_resid(start.layer, delta, patches, first)
@@ -307,7 +306,7 @@ class DeltaRun:
         if len(chosen) == len(rows.patch_sets):
             return rows
         sets = [rows.patch_sets[i] for i in chosen]
-        patches = self._patches([(*self._base, *patch_set) for patch_set in sets], rows.first, rows.layer)
+        patches = self._patches(sets, rows.first, rows.layer, self._base)
         at = torch.tensor(chosen, dtype=torch.int64, device=self.model.device)
         resid, product = (part if part is None or part.shape[0] == 1 else part[at] for part in rows.delta)
         return Rows(sets, patches, (resid, product), rows.layer, rows.first)
@@ -340,11 +339,12 @@ class DeltaRun:
         n_pos = next((part.shape[2] for part in delta if part is not None), 0)
         return self.clean[layer].resid_pre[:, first : first + n_pos]
 
-    def _patches(self, patch_sets: Sequence[PatchSet], first: int, from_layer: int) -> Patches:
-        masks = compile_masks(patch_sets, self.config, self.n_pos, first, self.sources, from_layer)
+    def _patches(self, patch_sets: Sequence[PatchSet], first: int, from_layer: int, base: PatchSet = ()) -> Patches:
+        masks = compile_masks(patch_sets, self.config, self.n_pos, first, self.sources, from_layer, base)
         values = hook_patches(masks, self.patched_clean, self.sources, self.chunk, first)
         dictionaries, clean = self.model.dictionaries, self.patched_clean
-        features = feature_patches(patch_sets, dictionaries, clean, self.sources, self.chunk, first, from_layer)
+        sets = [(*base, *patch_set) for patch_set in patch_sets]
+        features = feature_patches(sets, dictionaries, clean, self.sources, self.chunk, first, from_layer)
         return Patches(values, features)
 
     def _block(self, layer: int, delta: Split, patches: Patches, first: int) -> Split:
