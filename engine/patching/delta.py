@@ -155,6 +155,11 @@ class Rows:
     layer: int
     first: int
 
+    @property
+    def is_nothing(self) -> bool:
+        """Whether they are the clean run, as sets that patch nothing are."""
+        return _is_nothing(self.delta) and not self.patches.values and not self.patches.features
+
 
 class DeltaRun:
     """The clean run of one chunk of prompts, and the propagation of rows' differences above it.
@@ -254,6 +259,10 @@ class DeltaRun:
                 self._base_deltas.append(self._block(below, self._base_deltas[below], patches, self._base_first))
         return self._base_deltas[layer]
 
+    @property
+    def has_base(self) -> bool:
+        return bool(self._base)
+
     def base_size(self) -> float:
         """|δ| / |x| of the base alone on leaving the first layer that it patches, the largest over prompts and
         positions."""
@@ -311,18 +320,34 @@ class DeltaRun:
         resid, product = (part if part is None or part.shape[0] == 1 else part[at] for part in rows.delta)
         return Rows(sets, patches, (resid, product), rows.layer, rows.first)
 
+    def raised(self, rows: Rows, layer: int) -> Rows:
+        """Run patch sets on until they enter a layer above."""
+        delta = rows.delta
+        for below in range(rows.layer, layer):
+            delta = self._block(below, delta, rows.patches, rows.first)
+        return replace(rows, delta=delta, layer=layer)
+
+    def joined(self, rows: Rows, others: Rows) -> Rows:
+        """Patch sets on a base that enter the same layer, from the same position on, as one."""
+        sets = [*rows.patch_sets, *others.patch_sets]
+        delta = torch.cat([self._whole(each) for each in (rows, others)])
+        patches = self._patches(sets, rows.first, rows.layer, self._base)
+        return Rows(sets, patches, (delta, None), rows.layer, rows.first)
+
+    def _whole(self, rows: Rows) -> Float[Tensor, "set prompt pos d_model"]:
+        """δ of every set at every position that is computed: above the last layer, at the last one."""
+        n_pos = 1 if rows.layer == self.config.n_layers else self.n_pos - rows.first
+        shape = len(rows.patch_sets), self.n_prompts, n_pos, self.config.d_model
+        delta = _joined(rows.delta)
+        return self.final.new_zeros(shape) if delta is None else delta[:, :, -n_pos:].expand(shape)
+
     def leave(self, rows: Rows) -> Float[Tensor, "set prompt *metric"]:
         """Run patch sets through the layers above and read their effects."""
         return self.readout.effects(self.rise(rows))
 
     def rise(self, rows: Rows) -> Float[Tensor, "set prompt d_model"]:
         """Run patch sets through the layers above: δ of the final residual stream, where the metric is read."""
-        delta = rows.delta
-        for layer in range(rows.layer, self.config.n_layers):
-            delta = self._block(layer, delta, rows.patches, rows.first)
-        final = _joined((_last(delta[0]), _last(delta[1])))
-        shape = len(rows.patch_sets), *self.final.shape
-        return self.final.new_zeros(shape) if final is None else final.expand(shape)
+        return self._whole(self.raised(rows, self.config.n_layers))[:, :, -1]
 
     def with_weights(self, weights: Callable[[int], LayerWeights], product_dtype: torch.dtype) -> DeltaRun:
         """The same clean run with the products in another precision, and no base."""

@@ -14,7 +14,7 @@ only the KL and the likeliest token need the whole vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Literal, get_args
 
 import torch
@@ -54,9 +54,14 @@ def check_metric(metric: str | tuple[str, ...]) -> None:
             raise PatchError(f"metric {name!r} is not known; expected one of {', '.join(METRICS)}")
 
 
+def needs_vocabulary(metric: Metrics) -> bool:
+    """Whether reading it takes more of W_U than a few columns."""
+    return any(each != "logit_difference" for each in each_metric(metric))
+
+
 def clean_readout_bytes(config: ModelConfig, metric: Metrics, element_size: int) -> int:
     """Bytes of the clean probabilities of one prompt, where a metric needs them."""
-    return config.d_vocab * element_size if _needs_vocabulary(each_metric(metric)) else 0
+    return config.d_vocab * element_size if needs_vocabulary(metric) else 0
 
 
 def measure(
@@ -89,10 +94,6 @@ def _among(tokens: Int[Tensor, "*set prompt"], answers: TokenSet) -> Bool[Tensor
     return (tokens[..., None] == answers.to(tokens.device)).any(-1)
 
 
-def _needs_vocabulary(metrics: Sequence[Metric]) -> bool:
-    return any(each != "logit_difference" for each in metrics)
-
-
 class MetricReadout:
     """One metric, or several, read from the final residual stream of rows, given as δ to that of the clean run.
 
@@ -118,7 +119,7 @@ class MetricReadout:
         self._directions: dict[Metric, Float[Tensor, "prompt d_model"]] = {}
         if "logit_difference" in self._metrics:
             self._directions["logit_difference"] = answer_directions(self._unembed, answers, wrongs)
-        if _needs_vocabulary(self._metrics):
+        if needs_vocabulary(metric):
             self.log_p = F.linear(self._normed, self._unembed).log_softmax(-1)
             self._mean_unembed = self.log_p.exp() @ self._unembed
             self._directions["log_probability"] = mean_unembed(self._unembed, answers) - self._mean_unembed
