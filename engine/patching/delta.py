@@ -367,9 +367,11 @@ class DeltaRun:
     def _patches(self, patch_sets: Sequence[PatchSet], first: int, from_layer: int, base: PatchSet = ()) -> Patches:
         masks = compile_masks(patch_sets, self.config, self.n_pos, first, self.sources, from_layer, base)
         values = hook_patches(masks, self.patched_clean, self.sources, self.chunk, first)
-        dictionaries, clean = self.model.dictionaries, self.patched_clean
-        sets = [(*base, *patch_set) for patch_set in patch_sets]
-        features = feature_patches(sets, dictionaries, clean, self.sources, self.chunk, first, from_layer)
+        features = {}
+        if self.model.dictionaries:
+            sets, dictionaries = [(*base, *patch_set) for patch_set in patch_sets], self.model.dictionaries
+            clean, sources = self.patched_clean, self.sources
+            features = feature_patches(sets, dictionaries, clean, sources, self.chunk, first, from_layer)
         return Patches(values, features)
 
     def _block(self, layer: int, delta: Split, patches: Patches, first: int) -> Split:
