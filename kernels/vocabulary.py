@@ -12,8 +12,9 @@ adds up positive numbers only: the KL of a tiny δ, which is of its square's siz
 change of the log-sum-exp would cancel. The sum is kept as e^m s, where m is 0 until an exponent exceeds 60, and then
 its excess, so that a KL of any size is finite.
 
-The vocabulary is read in tiles, and [row, d_vocab] never exists. In Triton one program takes a block of rows and a part
-of the vocabulary; the parts are merged at the end.
+The vocabulary is read in tiles, and [row, d_vocab] never exists; torch finds both on one way through it, since the mean
+that is taken off for the KL changes no row's largest. In Triton one program takes a block of rows and a part of the
+vocabulary; the parts are merged at the end.
 
 Moved per row, with operands of b bytes: 4 · d_vocab bytes of log p (which the cache has where rows share a prompt) and
 b · d_model · d_vocab / BLOCK_M of W_U; 2 · d_model · d_vocab operations, and about 40 · d_vocab elementwise ones.
@@ -75,16 +76,13 @@ def top_readout(
 
 
 def kl_and_top_readout(
-    delta_normed: Float[Tensor, "set prompt d_model"],
-    clean_log_p: Float[Tensor, "prompt d_vocab"],
-    mean_unembed: Float[Tensor, "prompt d_model"],
-    unembed: Float[Tensor, "d_vocab d_model"],
-    *,
-    backend: Backend = "torch",
+    delta_normed: Float[Tensor, "set prompt d_model"], *of_clean: Tensor, backend: Backend = "torch"
 ) -> tuple[Float[Tensor, "set prompt"], Int[Tensor, "set prompt"]]:
-    """What `kl_readout` and `top_readout` give; torch reads the vocabulary once for both."""
+    """What `kl_readout` gives, with the arguments that it takes, and `top_readout`; torch reads the vocabulary once for
+    both."""
+    clean_log_p, mean_unembed, unembed = of_clean
     if _is_fused(backend, clean_log_p):
-        kl = kl_readout(delta_normed, clean_log_p, mean_unembed, unembed, backend=backend)
+        kl = kl_readout(delta_normed, *of_clean, backend=backend)
         return kl, top_readout(delta_normed, clean_log_p, unembed, backend=backend)
     delta = delta_normed.to(unembed.dtype)
     shift, total, value, token = _sum_torch(delta, _mean_delta(delta, mean_unembed), clean_log_p, unembed)
