@@ -39,7 +39,7 @@ class Circuit:
     """A set of nodes, sorted and without repetition, and edges between them.
 
     Nodes are heads `(layer, head)`, MLPs `layer`, and features of sparse dictionaries, components or their names
-    (`m3.f17`). Which dictionaries, the circuit does not say: `settings` names where they sat.
+    (`m3.f17`). The dictionaries are not in the circuit: `settings` has where they sat, and their fingerprints.
     `score` is 100 · LD(circuit) / LD(full) on the task it was found on. `settings` and `trace` say how it was found;
     `edge_scores`, where the method gives them, how much each edge matters.
     Two circuits are equal when their nodes and edges and their provenance are; compare `nodes` for the nodes alone.

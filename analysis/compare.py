@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -17,6 +17,7 @@ from subcircuit.analysis.faithfulness import Ablation
 from subcircuit.analysis.overlap import Overlap, check_circuit, overlaps
 from subcircuit.engine.config import ModelConfig
 from subcircuit.engine.errors import PatchError
+from subcircuit.engine.patching import Component
 
 __all__ = ["Comparison", "Pair", "compare_circuits", "cross_task_scores", "intersection", "jaccard_matrix", "union"]
 
@@ -61,18 +62,25 @@ class Comparison:
         }
 
 
-def compare_circuits(circuits: Mapping[str, tuple[Circuit, ModelConfig]]) -> Comparison:
+def compare_circuits(
+    circuits: Mapping[str, tuple[Circuit, ModelConfig]],
+    nodes: Mapping[ModelConfig, Collection[Component]] | None = None,
+) -> Comparison:
     """Compare circuits, each given with the configuration of its model, under names of one's own.
 
-    Circuits of one model are compared by their nodes and edges, all by the depths at which their heads lie.
+    Circuits of one model are compared by their nodes and edges, all by the depths at which their heads lie. `nodes` are
+    what circuits of a model may consist of, where that is not every head and MLP: with features they have to be given
+    (`nodes.candidates_of`).
 
-    Raises PatchError for fewer than two circuits, or a node or edge that a circuit's model lacks.
+    Raises PatchError for fewer than two circuits, a node or edge that a circuit's model lacks, or one that is none of
+    its model's `nodes`.
     """
+    nodes = nodes or {}
     if len(circuits) < 2:
         raise PatchError(f"{len(circuits)} circuits cannot be compared; expected at least two")
     for circuit, config in circuits.values():
         check_circuit(circuit, config)
-    pairs = tuple(_pair(a, b, *circuits[a], *circuits[b]) for a, b in itertools.combinations(circuits, 2))
+    pairs = tuple(_pair(a, b, *circuits[a], *circuits[b], nodes) for a, b in itertools.combinations(circuits, 2))
     of_model: dict[ModelConfig, list[Circuit]] = {}
     for circuit, config in circuits.values():
         of_model.setdefault(config, []).append(circuit)
@@ -85,8 +93,16 @@ def compare_circuits(circuits: Mapping[str, tuple[Circuit, ModelConfig]]) -> Com
     )
 
 
-def _pair(a: str, b: str, first: Circuit, config_a: ModelConfig, second: Circuit, config_b: ModelConfig) -> Pair:
-    shared = tuple(overlaps(first, second, config_a)) if config_a == config_b else ()
+def _pair(
+    a: str,
+    b: str,
+    first: Circuit,
+    config_a: ModelConfig,
+    second: Circuit,
+    config_b: ModelConfig,
+    nodes: Mapping[ModelConfig, Collection[Component]],
+) -> Pair:
+    shared = tuple(overlaps(first, second, config_a, nodes.get(config_a))) if config_a == config_b else ()
     depths = align_depths(first, config_a, second, config_b) if first.heads and second.heads else None
     return Pair(a, b, shared, depths)
 
@@ -98,9 +114,9 @@ def _bare(circuit: Circuit) -> dict[str, Any]:
 
 
 def jaccard_matrix(
-    circuits: Sequence[Circuit], nodes: Literal["all", "heads"] = "all"
+    circuits: Sequence[Circuit], nodes: Literal["all", "heads", "features"] = "all"
 ) -> Float[Tensor, "circuit circuit"]:
-    """Jaccard index of every pair of circuits, over all nodes or over the heads."""
+    """Jaccard index of every pair of circuits, over all nodes, the heads or the features."""
     return torch.tensor([[a.jaccard(b, nodes) for b in circuits] for a in circuits])
 
 

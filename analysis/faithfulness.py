@@ -54,6 +54,8 @@ class Ablation(ItemAblation[Component]):
         super().__init__(model, task, nodes, also=also, budget_bytes=budget_bytes, **options)
         if model.dictionaries:
             self.settings["dictionaries"] = {name: each.d_sae for name, each in model.dictionaries.items()}
+            prints = {name: each.fingerprint() for name, each in model.dictionaries.items()}
+            self.settings["dictionary_fingerprints"] = prints
 
     @property
     def nodes(self) -> tuple[Component, ...]:

@@ -16,7 +16,7 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from subcircuit.analysis.circuit import Circuit, TraceStep
+from subcircuit.analysis.circuit import Circuit, TraceStep, intersection
 from subcircuit.analysis.curves import Curve
 from subcircuit.analysis.drawing import (
     BAND,
@@ -75,7 +75,8 @@ def heatmap_figure(heads: Sequence[Sequence[float]], mlps: Sequence[float], titl
 
 
 def overlay_figure(circuits: Mapping[str, Circuit], n_layers: int, n_heads: int, title: str) -> str:
-    """Circuits of several tasks on one grid of heads and MLPs: a colour per task, nodes of all tasks ringed."""
+    """Circuits of several tasks on one grid of heads and MLPs: a colour per task, nodes of all tasks ringed. Features,
+    of which there may be thousands, are counted below it."""
     legend = [(task_colour(i), _legend_text(task, circuit)) for i, (task, circuit) in enumerate(circuits.items())]
     several = len(circuits) > 1
     cell = 0.34 if n_layers >= DEEP or n_heads > 8 else 0.44
@@ -324,7 +325,9 @@ def _bands(axes: Axes, n_layers: int, n_heads: int, deep: bool) -> None:
 
 def _legend_text(task: str, circuit: Circuit) -> str:
     kept = f", {circuit.score:.0f} % of the logit difference" if circuit.score is not None else ""
-    return f"{words(task)}: {_count(len(circuit.heads), 'head')} and {_count(len(circuit.mlps), 'MLP')}{kept}"
+    heads, mlps = _count(len(circuit.heads), "head"), _count(len(circuit.mlps), "MLP")
+    features = f", {_count(len(circuit.features), 'feature')} (not drawn)" if circuit.features else ""
+    return f"{words(task)}: {heads} and {mlps}{features}{kept}"
 
 
 def _shared_text(
@@ -333,6 +336,8 @@ def _shared_text(
     columns = [column for (_, column), tasks in nodes.items() if len(tasks) == len(circuits)]
     n_mlps = columns.count(n_heads)
     text = f"in every circuit: {_count(len(columns) - n_mlps, 'head')} and {_count(n_mlps, 'MLP')}"
+    if any(circuit.features for circuit in circuits.values()):
+        text += f", {_count(len(intersection(list(circuits.values())).features), 'feature')}"
     return [task_colour(i) for i in range(len(circuits))], text
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Iterable, Sequence
 
@@ -48,6 +49,18 @@ def candidate_nodes(
     replaced = {(part.layer, IN_PLACE_OF.get(part.kind)) for part in first}
     whole = [node for node in all_nodes(model.config) if (node.layer, node.kind) not in replaced]
     return sorted([*whole, *features], key=in_order)
+
+
+def candidates_of(model: HookedTransformer, tasks: Iterable[Task], sources: Sequence[Source]) -> list[Component]:
+    """What circuits may consist of on any of the tasks, under any of the sources that a task has; of features, those
+    that any of them changes."""
+    found = {
+        node
+        for task, source in itertools.product(tasks, sources)
+        if source != "corrupted" or task.corrupted is not None
+        for node in candidate_nodes(model, task, source)
+    }
+    return sorted(found, key=in_order)
 
 
 def check_nodes(nodes: Iterable[Component], model: HookedTransformer, beside: Iterable[Component] = ()) -> None:

@@ -1,13 +1,15 @@
 """What circuits have in common, beside what circuits of those sizes have in common by chance.
 
-Chance is a circuit of the same size drawn at random from the model: its overlap with another is hypergeometric. Heads
-and MLPs are drawn apart, since a circuit with most of a model's few MLPs would seem to overlap in any case; edges are
-drawn from all edges of the model, and, for what edges add to shared nodes, from those between nodes of both circuits.
+Chance is a circuit of the same size drawn at random from what circuits may consist of: its overlap with another is
+hypergeometric. Heads, MLPs and each kind of features are drawn apart, as `random_nodes` draws them, since a circuit
+with most of a model's few MLPs would seem to overlap in any case; edges are drawn from all edges of the model, and, for
+what edges add to shared nodes, from those between nodes of both circuits.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
@@ -16,14 +18,25 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from subcircuit.analysis.circuit import Circuit, check_no_features
+from subcircuit.analysis.circuit import Circuit, in_order
+from subcircuit.analysis.nodes import all_nodes
 from subcircuit.analysis.statistics import hypergeometric_pmf, jaccard_mean, tail_p
 from subcircuit.engine.config import ModelConfig
 from subcircuit.engine.errors import PatchError
+from subcircuit.engine.patching import Component
 from subcircuit.engine.patching.graph import check_edge, edges_among, n_senders_to, receivers
+from subcircuit.engine.patching.sites import Kind as NodeKind
 
-Kind = Literal["nodes", "heads", "mlps", "edges", "edges between shared nodes"]
+Kind = Literal["nodes", "heads", "mlps", "features", "edges", "edges between shared nodes"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
+
+_FEATURES: tuple[NodeKind, ...] = ("resid_feature", "z_feature", "mlp_feature")
+_NODES: dict[Kind, tuple[NodeKind, ...]] = {
+    "nodes": ("z", "mlp", *_FEATURES),
+    "heads": ("z",),
+    "mlps": ("mlp",),
+    "features": _FEATURES,
+}
 
 
 @dataclass(frozen=True)
@@ -32,7 +45,7 @@ class Overlap:
 
     kind: Kind
     n_all: int
-    """How many the model has."""
+    """How many there are to draw from."""
     n_a: int
     n_b: int
     n_both: int
@@ -48,44 +61,67 @@ class Overlap:
         return asdict(self)
 
 
-def overlap(a: Circuit, b: Circuit, config: ModelConfig, kind: Kind = "heads") -> Overlap:
+def overlap(
+    a: Circuit, b: Circuit, config: ModelConfig, kind: Kind = "heads", nodes: Collection[Component] | None = None
+) -> Overlap:
     """What two circuits of one model share, of one kind.
 
-    Raises PatchError for an unknown kind, or a node or edge that the model lacks.
+    `nodes` are what circuits may consist of: every head and MLP unless given. Circuits with features need them
+    (`nodes.candidates_of`): how many features could have been drawn, a configuration does not know.
+
+    Raises PatchError for an unknown kind, a node or edge that the model lacks, or a node that is none of `nodes`.
     """
-    check_circuit(a, config)
-    check_circuit(b, config)
-    heads = (_Draw(config.n_layers * config.n_heads, set(a.heads), set(b.heads)),)
-    mlps = (_Draw(config.n_layers, set(a.mlps), set(b.mlps)),)
-    if kind in ("heads", "mlps", "nodes"):
-        return _overlap(kind, {"heads": heads, "mlps": mlps, "nodes": heads + mlps}[kind])
+    if kind not in KINDS:
+        raise PatchError(f"overlap of {kind!r} is not known; expected one of {', '.join(KINDS)}")
+    nodes = all_nodes(config) if nodes is None else nodes
+    for circuit in (a, b):
+        check_circuit(circuit, config)
+        _check_drawn(circuit, nodes)
+    if kind in _NODES:
+        n_of = Counter(node.kind for node in nodes)
+        return _overlap(kind, [_Draw(n_of[sort], _of_kind(a, sort), _of_kind(b, sort)) for sort in _NODES[kind]])
     if kind == "edges":
-        return _overlap(kind, (_Draw(n_edges(config), set(a.edges), set(b.edges)),))
-    if kind == "edges between shared nodes":
-        possible = set(edges_among(map(str, set(a.nodes) & set(b.nodes)), config))
-        return _overlap(kind, (_Draw(len(possible), set(a.edges) & possible, set(b.edges) & possible),))
-    raise PatchError(f"overlap of {kind!r} is not known; expected one of {', '.join(KINDS)}")
+        return _overlap(kind, [_Draw(n_edges(config), set(a.edges), set(b.edges))])
+    heads_and_mlps = (node for node in set(a.nodes) & set(b.nodes) if not node.is_feature)
+    possible = set(edges_among(map(str, heads_and_mlps), config))
+    return _overlap(kind, [_Draw(len(possible), set(a.edges) & possible, set(b.edges) & possible)])
 
 
-def overlaps(a: Circuit, b: Circuit, config: ModelConfig) -> list[Overlap]:
-    """What two circuits of one model share, of every kind that both have."""
-    kinds = KINDS if a.edges and b.edges else KINDS[:3]
-    return [overlap(a, b, config, kind) for kind in kinds]
+def overlaps(a: Circuit, b: Circuit, config: ModelConfig, nodes: Collection[Component] | None = None) -> list[Overlap]:
+    """What two circuits of one model share, of every kind that both have; `nodes` as in `overlap`."""
+    lacking = set() if a.features and b.features else {"features"}
+    if not (a.edges and b.edges):
+        lacking |= {"edges", "edges between shared nodes"}
+    return [overlap(a, b, config, kind, nodes) for kind in KINDS if kind not in lacking]
 
 
-def overlap_matrix(circuits: Sequence[Circuit], config: ModelConfig, kind: Kind = "heads") -> list[list[Overlap]]:
-    """The overlap of every pair of circuits."""
-    return [[overlap(a, b, config, kind) for b in circuits] for a in circuits]
+def overlap_matrix(
+    circuits: Sequence[Circuit], config: ModelConfig, kind: Kind = "heads", nodes: Collection[Component] | None = None
+) -> list[list[Overlap]]:
+    """The overlap of every pair of circuits; `nodes` as in `overlap`."""
+    return [[overlap(a, b, config, kind, nodes) for b in circuits] for a in circuits]
 
 
 def check_circuit(circuit: Circuit, config: ModelConfig) -> None:
-    """Raises PatchError for a node or edge that the model lacks, and for features, of which a configuration knows
-    nothing: there is no chance level without their number."""
-    check_no_features(circuit, "a comparison with chance")
+    """Raises PatchError for a head, MLP or edge that the model lacks; of features a configuration knows nothing."""
     for node in circuit.nodes:
-        node.check(config)
+        if not node.is_feature:
+            node.check(config)
     for edge in circuit.edges:
         check_edge(edge, config)
+
+
+def _check_drawn(circuit: Circuit, nodes: Collection[Component]) -> None:
+    other = set(circuit.nodes).difference(nodes)
+    if other:
+        raise PatchError(
+            f"the circuit has '{min(other, key=in_order)}', which is none of the {len(nodes)} nodes that circuits may "
+            "consist of here; expected `nodes` with all of them (`candidates_of`)"
+        )
+
+
+def _of_kind(circuit: Circuit, kind: NodeKind) -> set[Component]:
+    return {node for node in circuit.nodes if node.kind == kind}
 
 
 def n_edges(config: ModelConfig) -> int:

@@ -27,9 +27,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from subcircuit.analysis.ablation import full_metric, share_left
-from subcircuit.analysis.circuit import Circuit, in_order
+from subcircuit.analysis.circuit import Circuit
 from subcircuit.analysis.faithfulness import Ablation
-from subcircuit.analysis.nodes import candidate_nodes, random_nodes
+from subcircuit.analysis.nodes import candidates_of, random_nodes
 from subcircuit.analysis.statistics import percentile_interval, rank_correlation, resampled_means
 from subcircuit.analysis.tasks import Task
 from subcircuit.engine.errors import PatchError, TaskError
@@ -184,7 +184,7 @@ def sensitivity(
         raise PatchError("a circuit without nodes has no sensitivity; expected at least one")
     for metric in metrics:
         check_metric(metric)
-    nodes = _nodes(model, tasks, sources)
+    nodes = candidates_of(model, tasks.values(), sources)
     sets = _Sets.drawn(nodes, circuit, n_random, seed)
     options: dict[str, Any] = {"executor": executor, "precision": precision, "also": metrics}
     outcomes: list[Outcome] = []
@@ -242,17 +242,6 @@ def _possible(task: Task, source: str, scopes: Sequence[str]) -> tuple[dict[str,
         except PatchError as error:
             lacking.append(str(error))
     return found, lacking
-
-
-def _nodes(model: HookedTransformer, tasks: Mapping[str, Task], sources: Sequence[str]) -> list[Component]:
-    """What are nodes under any of the conventions; of features, those that any task and source changes."""
-    found = {
-        node
-        for task, source in itertools.product(tasks.values(), sources)
-        if source != "corrupted" or task.corrupted is not None
-        for node in candidate_nodes(model, task, source)
-    }
-    return sorted(found, key=in_order)
 
 
 def _measurable(ablation: Ablation, metrics: Sequence[Metric]) -> tuple[list[Metric], list[str]]:

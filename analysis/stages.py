@@ -32,6 +32,7 @@ from subcircuit.analysis.transfer import transfer
 from subcircuit.analysis.transfer_figures import transfer_figure
 from subcircuit.engine.model import HookedTransformer
 from subcircuit.engine.patching.options import Executor, Precision
+from subcircuit.engine.threads import SMALL_MODEL
 
 Progress = Callable[[int, int], None]
 Cell = str | float | int | None
@@ -41,7 +42,8 @@ N_ROWS = 25
 N_PATTERNS = 4
 """Heads whose attention is drawn."""
 N_KNOCKOUTS = 10
-N_SENSITIVITY_RANDOM = 5
+N_SENSITIVITY_RANDOM, N_SENSITIVITY_RANDOM_OF_LARGE = 5, 3
+"""Of a model that is not small, each random circuit costs as much as the drops of several nodes."""
 SENSITIVITY_SCOPES = ("all", "members", "last")
 """From the first difference on is all there is to corrupt, so that scope would say little more than `all`."""
 N_TRANSFER_PROMPTS = 8
@@ -258,13 +260,14 @@ def lens_stage(subject: Subject, progress: Progress) -> Section:
 def sensitivity_stage(subject: Subject, progress: Progress) -> Section:
     """What holds of the circuit under every source, metric and scope, on the first `n_sensitivity_prompts` prompts."""
     n = min(subject.task.n, subject.n_sensitivity_prompts)
+    is_small = subject.model.config.n_params <= SMALL_MODEL
     found = sensitivity(
         subject.model,
         {f"{n} prompts": subject.task.subset(range(n))},
         subject.circuit,
         scopes=SENSITIVITY_SCOPES,
         threshold=subject.circuit.settings["threshold"],
-        n_random=N_SENSITIVITY_RANDOM,
+        n_random=N_SENSITIVITY_RANDOM if is_small else N_SENSITIVITY_RANDOM_OF_LARGE,
         seed=subject.seed,
         executor=subject.executor,
         precision=subject.precision,

@@ -55,7 +55,7 @@ class StudySettings:
 
     `n_random` is how many random circuits are scored per task; None is 50 for a small model and 10 for another.
     `n_edge_prompts` is how many prompts edges are patched on. `n_sensitivity_prompts` is on how many a circuit is
-    measured under every convention; None is all for a small model and 4 for another. `stages` are what is asked of each
+    measured under every convention; None is all for a small model and 3 for another. `stages` are what is asked of each
     circuit once it is found (`analysis.stages.STAGES`); a run may be resumed with others.
     """
 
@@ -377,7 +377,7 @@ class _ModelStudy:
     def _n_sensitivity_prompts(self) -> int:
         if self.settings.n_sensitivity_prompts is not None:
             return self.settings.n_sensitivity_prompts
-        return self.settings.n if self._is_small else 4
+        return self.settings.n if self._is_small else 3
 
     @property
     def _is_small(self) -> bool:

@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from subcircuit.analysis.heads import HeadRoles, head_roles, shared_roles
     from subcircuit.analysis.lens import Lens, lens
     from subcircuit.analysis.masks import learn_masks, mask_circuit
-    from subcircuit.analysis.nodes import candidate_nodes
+    from subcircuit.analysis.nodes import candidate_nodes, candidates_of
     from subcircuit.analysis.overlap import Overlap, overlap
     from subcircuit.analysis.plan import plan
     from subcircuit.analysis.pruning import prune_nodes
@@ -158,7 +158,7 @@ _HOMES = {
         "learn_masks",
         "mask_circuit",
     ),
-    "analysis.nodes": ("candidate_nodes",),
+    "analysis.nodes": ("candidate_nodes", "candidates_of"),
     "analysis.overlap": (
         "Overlap",
         "overlap",
@@ -288,6 +288,7 @@ __all__ = [
     "align_depths",
     "attribution",
     "candidate_nodes",
+    "candidates_of",
     "cell_q_values",
     "check_effects",
     "circuits_scored",

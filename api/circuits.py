@@ -19,7 +19,8 @@ def load_circuits(files: Iterable[Path]) -> dict[Path, sc.Circuit]:
 
 
 def warn_of_other_model(circuits: dict[Path, sc.Circuit], model: HookedTransformer) -> None:
-    """A line on standard error where circuits were found in a model of another name than the one they are used with.
+    """A line on standard error where circuits were found in a model of another name than the one they are used with, or
+    their features in other dictionaries than those of the model.
 
     That is no error: another copy of the weights may have another name, and whether nodes of one model do anything in a
     finetuned one is a question that people ask. Nodes that the model lacks are refused where they are used.
@@ -29,3 +30,10 @@ def warn_of_other_model(circuits: dict[Path, sc.Circuit], model: HookedTransform
     if others and name:
         found = ", ".join(f"{file} (found in {other})" for file, other in others.items())
         print(f"warning: the nodes of {found} are used as those of {name}", file=sys.stderr, flush=True)
+    used = {hook: dictionary.fingerprint() for hook, dictionary in model.dictionaries.items()}
+    for file, circuit in circuits.items():
+        found_in = circuit.settings.get("dictionary_fingerprints", {}) if circuit.features else {}
+        for hook in used.keys() & found_in.keys():
+            if used[hook] != found_in[hook]:
+                warning = f"warning: the features of {file} at {hook} were found in another dictionary"
+                print(warning, file=sys.stderr, flush=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
@@ -118,6 +119,18 @@ class SparseDictionary:
         W_enc, W_dec, b_enc, b_dec = map(function, (self.W_enc, self.W_dec, self.b_enc, self.b_dec))
         threshold = None if self.threshold is None else function(self.threshold)
         return replace(self, W_enc=W_enc, W_dec=W_dec, b_enc=b_enc, b_dec=b_dec, threshold=threshold)
+
+    def fingerprint(self) -> str:
+        """A short hash of a sample of its numbers, to tell one dictionary from another at the same place.
+
+        It is taken of their first digits, which they keep in whatever dtype a model holds them.
+        """
+        digest = hashlib.sha256(f"{self.hook_name} {self.activation} {self.k} {self.subtract_b_dec}".encode())
+        for tensor in (self.W_enc, self.W_dec, self.b_enc, self.b_dec, self.threshold):
+            if tensor is not None:
+                sample = tensor.flatten()[:: max(1, tensor.numel() // 1024)].to("cpu", torch.bfloat16)
+                digest.update(sample.contiguous().view(torch.int16).numpy().tobytes())
+        return digest.hexdigest()[:16]
 
     def check(self, config: ModelConfig) -> None:
         """Raises HookError when a model has no such hook point, or one of another width."""

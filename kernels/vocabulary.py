@@ -12,8 +12,9 @@ adds up positive numbers only: the KL of a tiny δ, which is of its square's siz
 change of the log-sum-exp would cancel. The sum is kept as e^m s, where m is 0 until an exponent exceeds 60, and then
 its excess, so that a KL of any size is finite.
 
-The vocabulary is read in tiles, and [row, d_vocab] never exists. In Triton one program takes a block of rows and a part
-of the vocabulary; the parts are merged at the end.
+The vocabulary is read in tiles, and [row, d_vocab] never exists; torch finds both on one way through it, since the mean
+that is taken off for the KL changes no row's largest. In Triton one program takes a block of rows and a part of the
+vocabulary; the parts are merged at the end.
 
 Moved per row, with operands of b bytes: 4 · d_vocab bytes of log p (which the cache has where rows share a prompt) and
 b · d_model · d_vocab / BLOCK_M of W_U; 2 · d_model · d_vocab operations, and about 40 · d_vocab elementwise ones.
@@ -54,10 +55,10 @@ def kl_readout(
     The product is in the dtype of `unembed`, sums in float32, or in float64 where the clean side is.
     """
     delta = delta_normed.to(unembed.dtype)
-    mean_delta = torch.einsum("spd,pd->sp", delta.to(mean_unembed.dtype), mean_unembed)
-    if backend == "triton" and clean_log_p.dtype != torch.float64:
+    mean_delta = _mean_delta(delta, mean_unembed)
+    if _is_fused(backend, clean_log_p):
         return _log_of_sum(*_launch(delta, mean_delta, clean_log_p, unembed, top=False))
-    return _log_of_sum(*_sum_torch(delta, mean_delta, clean_log_p, unembed))
+    return _log_of_sum(*_sum_torch(delta, mean_delta, clean_log_p, unembed)[:2])
 
 
 def top_readout(
@@ -69,10 +70,38 @@ def top_readout(
 ) -> Int[Tensor, "set prompt"]:
     """The token that a row holds likeliest, the first of several. Precision as in `kl_readout`."""
     delta = delta_normed.to(unembed.dtype)
-    if backend == "triton" and clean_log_p.dtype != torch.float64:
-        values, tokens = _launch(delta, None, clean_log_p, unembed, top=True)
-    else:
-        values, tokens = _top_torch(delta, clean_log_p, unembed)
+    if _is_fused(backend, clean_log_p):
+        return _top_of_parts(*_launch(delta, None, clean_log_p, unembed, top=True))
+    return _top_of_parts(*_top_torch(delta, clean_log_p, unembed))
+
+
+def kl_and_top_readout(
+    delta_normed: Float[Tensor, "set prompt d_model"], *of_clean: Tensor, backend: Backend = "torch"
+) -> tuple[Float[Tensor, "set prompt"], Int[Tensor, "set prompt"]]:
+    """What `kl_readout` gives, with the arguments that it takes, and `top_readout`; torch reads the vocabulary once for
+    both."""
+    clean_log_p, mean_unembed, unembed = of_clean
+    if _is_fused(backend, clean_log_p):
+        kl = kl_readout(delta_normed, *of_clean, backend=backend)
+        return kl, top_readout(delta_normed, clean_log_p, unembed, backend=backend)
+    delta = delta_normed.to(unembed.dtype)
+    shift, total, value, token = _sum_torch(delta, _mean_delta(delta, mean_unembed), clean_log_p, unembed)
+    return _log_of_sum(shift, total), _top_of_parts(value, token)
+
+
+def _is_fused(backend: Backend, clean_log_p: Tensor) -> bool:
+    return backend == "triton" and clean_log_p.dtype != torch.float64
+
+
+def _mean_delta(
+    delta: Float[Tensor, "set prompt d_model"], mean_unembed: Float[Tensor, "prompt d_model"]
+) -> Float[Tensor, "set prompt"]:
+    return torch.einsum("spd,pd->sp", delta.to(mean_unembed.dtype), mean_unembed)
+
+
+def _top_of_parts(
+    values: Float[Tensor, "part set prompt"], tokens: Int[Tensor, "part set prompt"]
+) -> Int[Tensor, "set prompt"]:
     return tokens.gather(0, values.argmax(0, keepdim=True))[0]
 
 
@@ -90,20 +119,23 @@ def _tiles(n_rows: int, d_vocab: int) -> list[slice]:
 
 def _sum_torch(
     delta: Tensor, mean_delta: Tensor, clean_log_p: Tensor, unembed: Tensor
-) -> tuple[Float[Tensor, "part set prompt"], Float[Tensor, "part set prompt"]]:
-    """Σ p φ(x) over each tile of the vocabulary, as e^shift · total."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Σ p φ(x) over each tile of the vocabulary, as e^shift · total, its largest log p + x, and that token; each
+    [part, set, prompt]."""
     parts = []
     for tile in _tiles(mean_delta.numel(), len(unembed)):
         log_p = clean_log_p[:, tile]
         x = F.linear(delta, unembed[tile]).to(log_p.dtype).sub_(mean_delta[..., None])
         exponent = log_p + x
-        shift = exponent.amax(-1, keepdim=True).sub_(HEADROOM).clamp_(min=0)
+        value, token = exponent.max(-1)
+        shift = (value[..., None] - HEADROOM).clamp_(min=0)
         p = (log_p - shift).exp_()
         far = exponent.sub_(shift).exp_().sub_(p).sub_(p * x)
         near = p.mul_(_phi(x))
-        parts.append((shift[..., 0], torch.where(x.abs() < SMALL, near, far).sum(-1)))
-    shifts, totals = zip(*parts, strict=True)
-    return torch.stack(shifts), torch.stack(totals)
+        total = torch.where(x.abs() < SMALL, near, far).sum(-1)
+        parts.append((shift[..., 0], total, value, token + tile.start))
+    shifts, totals, values, tokens = map(torch.stack, zip(*parts, strict=True))
+    return shifts, totals, values, tokens
 
 
 def _phi(x: Tensor) -> Tensor:

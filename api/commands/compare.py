@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,11 +13,30 @@ import typer
 import subcircuit as sc
 from subcircuit.circuits import load_circuits, warn_of_other_model
 from subcircuit.console import new_table, out
-from subcircuit.options import DeviceOption, DtypeOption, JsonOption, NOption, SeedOption, SourceOption, TemplateOption
+from subcircuit.options import (
+    DeviceOption,
+    DictionariesOption,
+    DtypeOption,
+    HooksOption,
+    JsonOption,
+    NOption,
+    SeedOption,
+    SourceOption,
+    TemplateOption,
+    with_dictionaries,
+)
 
 if TYPE_CHECKING:
     from subcircuit.analysis.compare import Comparison
+    from subcircuit.analysis.tasks import Task
+    from subcircuit.engine.config import ModelConfig
     from subcircuit.engine.model import HookedTransformer
+    from subcircuit.engine.patching import Component
+
+Build = Callable[[str, "HookedTransformer"], "Task"]
+"""Makes a model's prompts of a task."""
+Candidates = dict["ModelConfig", "list[Component]"]
+"""What circuits may consist of, by model; none of a model without dictionaries, where that is every head and MLP."""
 
 Scored = dict[str, dict[str, tuple[float, float, float]]]
 """Points with interval, by task and circuit."""
@@ -29,13 +50,18 @@ def compare(
     task: Annotated[
         list[str] | None, typer.Option("--task", "-t", help="Score every circuit on it; may be given several times.")
     ] = None,
+    dictionaries: DictionariesOption = None,
+    hooks: HooksOption = None,
     n: NOption = 32,
     seed: SeedOption = 0,
     template: TemplateOption = "all",
     source: SourceOption = "mean",
     dtype: DtypeOption = "float32",
     device: DeviceOption = "cpu",
-    figure: Annotated[Path | None, typer.Option(help="Write the overlap of heads to this SVG file.")] = None,
+    figure: Annotated[
+        Path | None,
+        typer.Option(help="Write the overlap of heads, or with --dictionary of all nodes, to this SVG file."),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Say what saved circuits share. Beside what circuits of their sizes share by chance."""
@@ -44,25 +70,71 @@ def compare(
 
     saved = load_circuits(files)
     circuits = _named(saved, files)
-    models = {
-        name: sc.load(name, dtype=dtype, device=device)
-        for name in dict.fromkeys(_model_of(circuit, name, model) for name, circuit in circuits.items())
+    owner = _owners(circuits, model, dictionaries, hooks, dtype, device)
+    for file, name in zip(saved, circuits, strict=True):
+        warn_of_other_model({file: circuits[name]}, owner[name])
+    build = partial(sc.task, n=n, seed=seed, template=template)
+    groups = {
+        each: {name: circuit for name, circuit in circuits.items() if owner[name] is each} for each in owner.values()
     }
-    owner = {name: models[_model_of(circuit, name, model)] for name, circuit in circuits.items()}
-    if model is not None:
-        warn_of_other_model(saved, models[model])
-    comparison = compare_circuits({name: (circuit, owner[name].config) for name, circuit in circuits.items()})
+    candidates = {
+        each.config: _candidates(each, own, task, build, source) for each, own in groups.items() if each.dictionaries
+    }
+    comparison = compare_circuits({name: (circuits[name], owner[name].config) for name in circuits}, candidates)
     scored: Scored = {}
-    for each in models.values():
+    for each, own in groups.items():
         with suitable_threads(each):
-            own = {name: circuit for name, circuit in circuits.items() if owner[name] is each}
-            scored |= _scored(each, own, task or [], n, seed, template, source, len(models) > 1)
+            scored |= _scored(each, own, task or [], build, source, seed, len(groups) > 1)
     if figure is not None:
-        _write_figure(figure, comparison, owner)
+        _write_figure(figure, comparison, owner, candidates)
     if as_json:
         print(json.dumps(comparison.to_dict() | {"scored": scored}))
     else:
         _print(comparison, scored)
+
+
+def _owners(
+    circuits: dict[str, sc.Circuit],
+    model: str | None,
+    dictionaries: list[Path] | None,
+    hooks: list[str] | None,
+    dtype: str,
+    device: str,
+) -> dict[str, HookedTransformer]:
+    """The model of each circuit, loaded once; with the dictionaries where a circuit has features."""
+    over_features = [name for name, circuit in circuits.items() if circuit.features]
+    if over_features and not dictionaries:
+        some = f"circuit '{over_features[0]}' has features (such as {circuits[over_features[0]].features[0]})"
+        raise typer.BadParameter(f"{some}; expected their --dictionary")
+    if (dictionaries or hooks) and not over_features:
+        raise typer.BadParameter("no circuit has features; expected no --dictionary and no --hook")
+    names = {name: _model_of(circuit, name, model) for name, circuit in circuits.items()}
+    models = {each: sc.load(each, dtype=dtype, device=device) for each in dict.fromkeys(names.values())}
+    for each in {names[name] for name in over_features}:
+        models[each] = with_dictionaries(models[each], dictionaries, hooks)
+    return {name: models[each] for name, each in names.items()}
+
+
+def _candidates(
+    model: HookedTransformer, circuits: dict[str, sc.Circuit], tasks: list[str] | None, build: Build, source: str
+) -> list[Component]:
+    """What circuits of a model with dictionaries may consist of on the given tasks, or on the circuits' own; and what
+    these consist of, which may come from other prompts or another source."""
+    from subcircuit.analysis.circuit import in_order
+    from subcircuit.analysis.nodes import candidates_of, check_nodes
+
+    for name, circuit in circuits.items():
+        if not tasks and not circuit.task:
+            raise typer.BadParameter(f"circuit '{name}' does not say on which task it was found; expected --task")
+    of_tasks = tasks or list(dict.fromkeys(circuit.task for circuit in circuits.values()))
+    nodes = set(candidates_of(model, [build(task, model) for task in of_tasks], [source]))
+    nodes.update(node for circuit in circuits.values() for node in circuit.features)
+    for name, circuit in circuits.items():
+        try:
+            check_nodes(circuit.nodes, model, beside=nodes)
+        except sc.errors.PatchError as error:
+            raise sc.errors.PatchError(f"circuit '{name}': {error}") from error
+    return sorted(nodes, key=in_order)
 
 
 def _model_of(circuit: sc.Circuit, name: str, model: str | None) -> str:
@@ -85,10 +157,9 @@ def _scored(
     model: HookedTransformer,
     circuits: dict[str, sc.Circuit],
     tasks: list[str],
-    n: int,
-    seed: int,
-    template: str,
+    build: Build,
     source: str,
+    seed: int,
     several_models: bool,
 ) -> Scored:
     from subcircuit.analysis.evaluation import circuits_scored
@@ -98,13 +169,15 @@ def _scored(
         circuits = circuits | {"shared by all": sc.intersection(together), "union": sc.union(together)}
     scored: Scored = {}
     for name in tasks:
-        prompts = sc.task(name, model, n=n, seed=seed, template=template)
+        ablation = sc.Ablation(model, build(name, model), source=source)
         label = f"{name} ({model.config.name})" if several_models else name
-        scored[label] = circuits_scored(sc.Ablation(model, prompts, source=source), circuits, seed=seed)
+        scored[label] = circuits_scored(ablation, circuits, seed=seed)
     return scored
 
 
-def _write_figure(file: Path, comparison: Comparison, owner: dict[str, HookedTransformer]) -> None:
+def _write_figure(
+    file: Path, comparison: Comparison, owner: dict[str, HookedTransformer], candidates: Candidates
+) -> None:
     from subcircuit.analysis.figures import overlap_figure
     from subcircuit.analysis.overlap import overlap_matrix
     from subcircuit.analysis.store import write_whole
@@ -112,8 +185,11 @@ def _write_figure(file: Path, comparison: Comparison, owner: dict[str, HookedTra
     configs = {owner[name].config for name in comparison.circuits}
     if len(configs) > 1:
         raise typer.BadParameter("--figure shows circuits of one model; these are of several")
-    matrix = overlap_matrix(list(comparison.circuits.values()), configs.pop())
-    svg = overlap_figure(matrix, list(comparison.circuits), "Heads in common (Jaccard index)")
+    config = configs.pop()
+    kind, what = ("nodes", "Nodes") if config in candidates else ("heads", "Heads")
+    circuits = comparison.circuits
+    matrix = overlap_matrix(list(circuits.values()), config, kind, candidates.get(config))  # type: ignore[arg-type]
+    svg = overlap_figure(matrix, list(circuits), f"{what} in common (Jaccard index)")
     write_whole(file, svg.encode("utf-8"))
 
 

@@ -65,7 +65,7 @@ def study(
         typer.Option(
             "--sensitivity-prompts",
             min=1,
-            help="Prompts to measure on under every convention; all for a small model, else 4.",
+            help="Prompts to measure on under every convention; all for a small model, else 3.",
         ),
     ] = None,
     stages: Annotated[

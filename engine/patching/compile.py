@@ -38,14 +38,22 @@ Masks = dict[str, dict[SourceKey, MaskArray]]
 
 
 def compile_masks(
-    patch_sets: Sequence[PatchSet], config: ModelConfig, n_pos: int, first: int, sources: Sources, from_layer: int
+    patch_sets: Sequence[PatchSet],
+    config: ModelConfig,
+    n_pos: int,
+    first: int,
+    sources: Sources,
+    from_layer: int,
+    base: PatchSet = (),
 ) -> Masks:
-    """Masks over positions from `first` on, for the patches in layers from `from_layer` on, but for features."""
+    """Masks over positions from `first` on, for the patches in layers from `from_layer` on, but for features; the
+    patches of each set on top of those of `base`."""
     masks: Masks = {}
-    everywhere = all(patch.site.positions is None for patch_set in patch_sets for patch in patch_set)
+    everywhere = all(patch.site.positions is None for patches in (base, *patch_sets) for patch in patches)
     n_rows = 1 if everywhere else n_pos - first
-    for i, patch_set in enumerate(patch_sets):
-        for patch in patch_set:
+    of_each: list[tuple[slice | int, PatchSet]] = [(slice(None), base), *enumerate(patch_sets)]
+    for i, patches in of_each:
+        for patch in patches:
             component = patch.site.component
             if component.layer < from_layer or component.is_feature:
                 continue

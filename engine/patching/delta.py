@@ -37,7 +37,7 @@ from subcircuit.engine.model import HookedTransformer
 from subcircuit.engine.patching.answers import token_sets
 from subcircuit.engine.patching.compile import HookPatch, compile_masks, hook_patches, patched
 from subcircuit.engine.patching.features import FeaturePatch, feature_patches
-from subcircuit.engine.patching.metric import Metrics, readout_of
+from subcircuit.engine.patching.metric import MetricReadout, Metrics
 from subcircuit.engine.patching.plan import Start, last_changed
 from subcircuit.engine.patching.sites import PatchSet
 from subcircuit.engine.patching.sources import AlignedPrompts, PromptChunk, Sources, activations
@@ -162,6 +162,11 @@ class Rows:
     layer: int
     first: int
 
+    @property
+    def is_nothing(self) -> bool:
+        """Whether they are the clean run, as sets that patch nothing are."""
+        return _is_nothing(self.delta) and not self.patches.values and not self.patches.features
+
 
 class DeltaRun:
     """The clean run of one chunk of prompts, and the propagation of rows' differences above it.
@@ -192,7 +197,7 @@ class DeltaRun:
             self._rotation = rope_tables(rope_frequencies(self.config), positions, model.dtype)
         self._run_clean()
         answers, wrongs = (tokens[chunk] for tokens in token_sets(prompts))
-        self.readout = readout_of(model, self.final, answers, wrongs, metric, backend)
+        self.readout = MetricReadout(model, self.final, answers, wrongs, metric, backend)
         self._base: PatchSet = ()
         self._base_first = 0
         self._base_deltas: list[Split] = []
@@ -261,6 +266,10 @@ class DeltaRun:
                 self._base_deltas.append(self._block(below, self._base_deltas[below], patches, self._base_first))
         return self._base_deltas[layer]
 
+    @property
+    def has_base(self) -> bool:
+        return bool(self._base)
+
     def base_size(self) -> float:
         """|δ| / |x| of the base alone on leaving the first layer that it patches, the largest over prompts and
         positions."""
@@ -277,8 +286,7 @@ class DeltaRun:
         first = min(start.first, self._base_first) if self._base else start.first
         last = self.n_pos - 1 if self._base else last_changed(patch_sets, start, self.config.n_layers, self.n_pos)
         is_short = last < self.n_pos - 1
-        sets = [(*self._base, *patch_set) for patch_set in patch_sets]
-        patches = self._patches(sets, first, start.layer + is_short)
+        patches = self._patches(patch_sets, first, start.layer + is_short, self._base)
         delta = self._padded(self._base_delta(start.layer), first)
         if departures is not None:
             entering = self._patched_resid(start.layer, delta, patches, first)
@@ -314,20 +322,39 @@ class DeltaRun:
         if len(chosen) == len(rows.patch_sets):
             return rows
         sets = [rows.patch_sets[i] for i in chosen]
-        patches = self._patches([(*self._base, *patch_set) for patch_set in sets], rows.first, rows.layer)
+        patches = self._patches(sets, rows.first, rows.layer, self._base)
         at = torch.tensor(chosen, dtype=torch.int64, device=self.model.device)
         resid, product = (part if part is None or part.shape[0] == 1 else part[at] for part in rows.delta)
         return Rows(sets, patches, (resid, product), rows.layer, rows.first)
 
+    def raised(self, rows: Rows, layer: int) -> Rows:
+        """Run patch sets on until they enter a layer above."""
+        delta = rows.delta
+        for below in range(rows.layer, layer):
+            delta = self._block(below, delta, rows.patches, rows.first)
+        return replace(rows, delta=delta, layer=layer)
+
+    def joined(self, rows: Rows, others: Rows) -> Rows:
+        """Patch sets on a base that enter the same layer, from the same position on, as one."""
+        sets = [*rows.patch_sets, *others.patch_sets]
+        delta = torch.cat([self._whole(each) for each in (rows, others)])
+        patches = self._patches(sets, rows.first, rows.layer, self._base)
+        return Rows(sets, patches, (delta, None), rows.layer, rows.first)
+
+    def _whole(self, rows: Rows) -> Float[Tensor, "set prompt pos d_model"]:
+        """δ of every set at every position that is computed: above the last layer, at the last one."""
+        n_pos = 1 if rows.layer == self.config.n_layers else self.n_pos - rows.first
+        shape = len(rows.patch_sets), self.n_prompts, n_pos, self.config.d_model
+        delta = _joined(rows.delta)
+        return self.final.new_zeros(shape) if delta is None else delta[:, :, -n_pos:].expand(shape)
+
     def leave(self, rows: Rows) -> Float[Tensor, "set prompt *metric"]:
         """Run patch sets through the layers above and read their effects."""
-        delta = rows.delta
-        for layer in range(rows.layer, self.config.n_layers):
-            delta = self._block(layer, delta, rows.patches, rows.first)
-        final = _joined((_last(delta[0]), _last(delta[1])))
-        if final is None:
-            return self.final.new_zeros(len(rows.patch_sets), *self.clean_metric.shape)
-        return self.readout.effects(final).expand(len(rows.patch_sets), *self.clean_metric.shape)
+        return self.readout.effects(self.rise(rows))
+
+    def rise(self, rows: Rows) -> Float[Tensor, "set prompt d_model"]:
+        """Run patch sets through the layers above: δ of the final residual stream, where the metric is read."""
+        return self._whole(self.raised(rows, self.config.n_layers))[:, :, -1]
 
     def with_weights(self, weights: Callable[[int], LayerWeights], product_dtype: torch.dtype) -> DeltaRun:
         """The same clean run with the products in another precision, and no base."""
@@ -344,11 +371,14 @@ class DeltaRun:
         n_pos = next((part.shape[2] for part in delta if part is not None), 0)
         return self.clean[layer].resid_pre[:, first : first + n_pos]
 
-    def _patches(self, patch_sets: Sequence[PatchSet], first: int, from_layer: int) -> Patches:
-        masks = compile_masks(patch_sets, self.config, self.n_pos, first, self.sources, from_layer)
+    def _patches(self, patch_sets: Sequence[PatchSet], first: int, from_layer: int, base: PatchSet = ()) -> Patches:
+        masks = compile_masks(patch_sets, self.config, self.n_pos, first, self.sources, from_layer, base)
         values = hook_patches(masks, self.patched_clean, self.sources, self.chunk, first)
-        dictionaries, clean = self.model.dictionaries, self.patched_clean
-        features = feature_patches(patch_sets, dictionaries, clean, self.sources, self.chunk, first, from_layer)
+        features = {}
+        if self.model.dictionaries:
+            sets, dictionaries = [(*base, *patch_set) for patch_set in patch_sets], self.model.dictionaries
+            clean, sources = self.patched_clean, self.sources
+            features = feature_patches(sets, dictionaries, clean, sources, self.chunk, first, from_layer)
         return Patches(values, features)
 
     def _block(self, layer: int, delta: Split, patches: Patches, first: int) -> Split:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from subcircuit.engine.config import ModelConfig
 from subcircuit.engine.patching.compile import MaskArray, Masks, one_head_each, replaces_all
-from subcircuit.engine.patching.metric import Metrics, each_metric
+from subcircuit.engine.patching.metric import Metrics, needs_vocabulary
 
 
 @dataclass(frozen=True)
@@ -56,8 +56,8 @@ def clean_flops(config: ModelConfig, n_pos: int, n_layers: int) -> Flops:
 
 
 def readout_flops(config: ModelConfig, metric: Metrics) -> int:
-    """FLOPs of one final residual stream times W_U, for every metric that needs the whole vocabulary."""
-    return sum(2 * config.d_model * config.d_vocab for each in each_metric(metric) if each != "logit_difference")
+    """FLOPs of one final residual stream times W_U, where a metric needs the whole vocabulary."""
+    return 2 * config.d_model * config.d_vocab if needs_vocabulary(metric) else 0
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ only the KL and the likeliest token need the whole vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import Literal, get_args
 
 import torch
@@ -29,7 +29,7 @@ from subcircuit.engine.patching.answers import TokenSet, answer_directions, mean
 from subcircuit.kernels.backend import Backend
 from subcircuit.kernels.norm_delta import norm_delta
 from subcircuit.kernels.readout import readout
-from subcircuit.kernels.vocabulary import kl_readout, top_readout
+from subcircuit.kernels.vocabulary import kl_and_top_readout, kl_readout, top_readout
 
 Metric = Literal["logit_difference", "log_probability", "kl", "accuracy"]
 METRICS: tuple[Metric, ...] = get_args(Metric)
@@ -54,9 +54,14 @@ def check_metric(metric: str | tuple[str, ...]) -> None:
             raise PatchError(f"metric {name!r} is not known; expected one of {', '.join(METRICS)}")
 
 
+def needs_vocabulary(metric: Metrics) -> bool:
+    """Whether reading it takes more of W_U than a few columns."""
+    return any(each != "logit_difference" for each in each_metric(metric))
+
+
 def clean_readout_bytes(config: ModelConfig, metric: Metrics, element_size: int) -> int:
-    """Bytes of the clean probabilities of one prompt, for every metric that needs them."""
-    return sum(config.d_vocab * element_size for each in each_metric(metric) if each != "logit_difference")
+    """Bytes of the clean probabilities of one prompt, where a metric needs them."""
+    return config.d_vocab * element_size if needs_vocabulary(metric) else 0
 
 
 def measure(
@@ -90,11 +95,12 @@ def _among(tokens: Int[Tensor, "*set prompt"], answers: TokenSet) -> Bool[Tensor
 
 
 class MetricReadout:
-    """A metric read from the final residual stream of rows, given as δ to that of the clean run.
+    """One metric, or several, read from the final residual stream of rows, given as δ to that of the clean run.
 
-    What it needs of the clean run is computed once: a direction, and for all but the logit difference every prompt's
-    log-probabilities and their mean unembedding ū. The product with W_U is in the precision of the clean run, whatever
-    that of the others: it is made for one position of a row only, and a KL is of the size of δ².
+    What it needs of the clean run is computed once: the answers' directions, and for all but the logit difference every
+    prompt's log-probabilities and their mean unembedding ū. However many metrics need the vocabulary, rows read it
+    once. The product with W_U is in the precision of the clean run, whatever that of the others: it is made for one
+    position of a row only, and a KL is of the size of δ².
     """
 
     def __init__(
@@ -103,65 +109,65 @@ class MetricReadout:
         final: Float[Tensor, "prompt d_model"],
         answers: TokenSet,
         wrongs: TokenSet,
-        metric: Metric,
+        metric: Metrics,
         backend: Backend,
     ) -> None:
         self._norm, self._unembed = model.ln_final, model.unembed_weight
-        self._metric, self._backend, self._answers = metric, backend, answers
+        self._metric, self._metrics, self._backend, self._answers = metric, each_metric(metric), backend, answers
         self._final, self._normed = final, self._norm(final)
         self.log_p: Float[Tensor, "prompt d_vocab"] | None = None
-        if metric == "logit_difference":
-            self._direction = answer_directions(self._unembed, answers, wrongs)
-            self.clean: Float[Tensor, "prompt"] = (self._normed * self._direction).sum(-1)
-            return
-        self.log_p = log_p = F.linear(self._normed, self._unembed).log_softmax(-1)
-        self.clean = measure(log_p, log_p, answers, wrongs, metric)
-        self._mean_unembed = log_p.exp() @ self._unembed
-        self._direction = mean_unembed(self._unembed, answers) - self._mean_unembed
+        self._directions: dict[Metric, Float[Tensor, "prompt d_model"]] = {}
+        if "logit_difference" in self._metrics:
+            self._directions["logit_difference"] = answer_directions(self._unembed, answers, wrongs)
+        if needs_vocabulary(metric):
+            self.log_p = F.linear(self._normed, self._unembed).log_softmax(-1)
+            self._mean_unembed = self.log_p.exp() @ self._unembed
+            self._directions["log_probability"] = mean_unembed(self._unembed, answers) - self._mean_unembed
+        self._clean = {each: self._clean_metric(each, wrongs) for each in self._metrics}
+        self.clean: Float[Tensor, "prompt *metric"] = self._in_order(self._clean)
 
-    def effects(self, delta: Float[Tensor, "#set prompt d_model"]) -> Float[Tensor, "#set prompt"]:
+    def effects(self, delta: Float[Tensor, "#set prompt d_model"]) -> Float[Tensor, "#set prompt *metric"]:
         """metric(row) − metric(clean run)."""
-        if self.log_p is None:
-            return self._along_direction(delta)
-        normed = self._delta_normed(delta)
-        if self._metric == "accuracy":
-            top = top_readout(normed, self.log_p, self._unembed, backend=self._backend)
-            return _among(top, self._answers).to(self.clean.dtype) - self.clean
-        kl = kl_readout(normed, self.log_p, self._mean_unembed, self._unembed, backend=self._backend)
-        return kl if self._metric == "kl" else self._along_direction(delta) - kl
+        found = self._from_vocabulary(delta)
+        for each in self._metrics:
+            if each in self._directions:
+                along = self._along(self._directions[each], delta)
+                found[each] = along - found["kl"] if each == "log_probability" else along
+        return self._in_order(found)
 
-    def _along_direction(self, delta: Tensor) -> Float[Tensor, "#set prompt"]:
+    def _clean_metric(self, metric: Metric, wrongs: TokenSet) -> Float[Tensor, "prompt"]:
+        if metric == "logit_difference":
+            along: Tensor = (self._normed * self._directions[metric]).sum(-1)
+            return along
+        assert self.log_p is not None
+        return measure(self.log_p, self.log_p, self._answers, wrongs, metric)
+
+    def _in_order(self, values: Mapping[Metric, Float[Tensor, "*any"]]) -> Float[Tensor, "*any"]:
+        """Several metrics in a last dimension, or the one."""
+        chosen = [values[each] for each in self._metrics]
+        return torch.stack(chosen, -1) if isinstance(self._metric, tuple) else chosen[0]
+
+    def _from_vocabulary(self, delta: Tensor) -> dict[Metric, Float[Tensor, "#set prompt"]]:
+        """What needs all tokens: the KL, which a log-probability needs too, and the effect on accuracy."""
+        found: dict[Metric, Tensor] = {}
+        if self.log_p is None:
+            return found
+        inputs = self._delta_normed(delta), self.log_p, self._mean_unembed, self._unembed
+        if "accuracy" not in self._metrics:
+            return {"kl": kl_readout(*inputs, backend=self._backend)}
+        if {"kl", "log_probability"}.isdisjoint(self._metrics):
+            top = top_readout(inputs[0], self.log_p, self._unembed, backend=self._backend)
+        else:
+            found["kl"], top = kl_and_top_readout(*inputs, backend=self._backend)
+        found["accuracy"] = _among(top, self._answers).to(self._normed.dtype) - self._clean["accuracy"]
+        return found
+
+    def _along(self, direction: Tensor, delta: Tensor) -> Float[Tensor, "#set prompt"]:
         norm = self._norm
-        inputs = self._final, self._normed, delta, norm.weight, norm.bias, norm.eps, self._direction
+        inputs = self._final, self._normed, delta, norm.weight, norm.bias, norm.eps, direction
         return readout(*inputs, backend=self._backend)
 
     def _delta_normed(self, delta: Tensor) -> Float[Tensor, "#set prompt d_model"]:
         norm, (clean, normed, delta) = self._norm, (x[..., None, :] for x in (self._final, self._normed, delta))
         inputs = clean, normed, delta, norm.weight, norm.bias, norm.eps, clean.dtype
         return norm_delta(*inputs, backend=self._backend)[1].squeeze(2)
-
-
-class SeveralReadouts:
-    """Several metrics of the same rows, in the last dimension: a `MetricReadout` each."""
-
-    def __init__(self, readouts: Sequence[MetricReadout]) -> None:
-        self._readouts = readouts
-        self.clean: Float[Tensor, "prompt metric"] = torch.stack([each.clean for each in readouts], -1)
-        self.log_p = next((each.log_p for each in readouts if each.log_p is not None), None)
-
-    def effects(self, delta: Float[Tensor, "#set prompt d_model"]) -> Float[Tensor, "#set prompt metric"]:
-        """metric(row) − metric(clean run)."""
-        return torch.stack([each.effects(delta) for each in self._readouts], -1)
-
-
-def readout_of(
-    model: HookedTransformer,
-    final: Float[Tensor, "prompt d_model"],
-    answers: TokenSet,
-    wrongs: TokenSet,
-    metric: Metrics,
-    backend: Backend,
-) -> MetricReadout | SeveralReadouts:
-    """What reads one metric, or several, from the final residual stream of rows."""
-    readouts = [MetricReadout(model, final, answers, wrongs, each, backend) for each in each_metric(metric)]
-    return SeveralReadouts(readouts) if isinstance(metric, tuple) else readouts[0]

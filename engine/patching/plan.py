@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from jaxtyping import Int
 from torch import Tensor
@@ -88,3 +88,21 @@ def plan_chunks(starts: Sequence[Start], n_prompts: int, n_pos: int, max_tokens:
         size = -(-len(sets) // n_chunks)
         chunks += [Chunk(start, tuple(sets[i : i + size])) for i in range(0, len(sets), size)]
     return chunks
+
+
+def climbing_chunks(chunks: Sequence[Chunk], n_prompts: int, n_pos: int, max_tokens: int) -> list[Chunk]:
+    """Chunks of sets on a base that join others on the way up: from one position on, in the order in which they start,
+    as many as hold at most about `max_tokens` row tokens. Each has the first one's start.
+
+    Alone, each would fetch the weights of all layers above it, for a few rows.
+    """
+    joined: list[Chunk] = []
+    for chunk in sorted(chunks, key=lambda chunk: chunk.start.first):
+        last, first = joined[-1] if joined else None, chunk.start.first
+        if last is not None and last.start.first == first:
+            sets = last.sets + chunk.sets
+            if len(sets) * n_prompts * (n_pos - first) <= max_tokens:
+                joined[-1] = replace(last, sets=sets)
+                continue
+        joined.append(chunk)
+    return joined

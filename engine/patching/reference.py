@@ -102,15 +102,12 @@ def _replace(
     where = list(range(n_pos)) if positions is None else list(positions)
     indices = list(component.indices(model.config))
     source_value = sources.value(sources.key(patch.source), component.hook_name, chunk)
+    whole = component.kind in ("mlp", "resid")
+    at = (slice(None), where) if whole else (slice(None), [[position] for position in where], indices)
 
     def replace(value: Tensor, name: str) -> Tensor:
-        source = source_value.expand_as(value)
         value = value.clone()
-        for position in where:
-            if component.kind in ("mlp", "resid"):
-                value[:, position] = source[:, position]
-            else:
-                value[:, position, indices] = source[:, position, indices]
+        value[at] = source_value.expand_as(value)[at]
         return value
 
     return replace

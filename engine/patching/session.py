@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -13,7 +14,7 @@ from torch import Tensor
 from subcircuit.engine.model import HookedTransformer
 from subcircuit.engine.patching.compile import Masks, compile_masks
 from subcircuit.engine.patching.data_session import LARGE_DELTA, Count, DataSession, Effects
-from subcircuit.engine.patching.delta import DeltaRun, Departures
+from subcircuit.engine.patching.delta import DeltaRun, Departures, Rows
 from subcircuit.engine.patching.memory import clean_bytes
 from subcircuit.engine.patching.metric import Metrics, check_metric
 from subcircuit.engine.patching.options import (
@@ -25,10 +26,35 @@ from subcircuit.engine.patching.options import (
     dtype_of,
     in_dtype,
 )
-from subcircuit.engine.patching.plan import Chunk, Start, plan_chunks, start_of
+from subcircuit.engine.patching.plan import Chunk, Start, climbing_chunks, plan_chunks, start_of
 from subcircuit.engine.patching.reference import Progress, patched_metric, reference_effects
 from subcircuit.engine.patching.sites import Patch, PatchSet, Site, Source, as_patch_set
 from subcircuit.engine.patching.sources import AlignedPrompts, PromptChunk
+
+# Of a vocabulary that is read for fewer rows, most of the time goes to fetching it.
+ROWS_READ_AT_ONCE = 256
+
+
+class _Reading:
+    """Rows of a run that have passed the last layer, and wait for others to be read with them."""
+
+    def __init__(self, run: DeltaRun, effects: Float[Tensor, "set prompt *metric"]) -> None:
+        self._run, self._effects = run, effects
+        self._waiting: list[tuple[list[int], Float[Tensor, "set prompt d_model"]]] = []
+
+    def add(self, sets: list[int], final: Float[Tensor, "set prompt d_model"]) -> None:
+        """Take the final δ of sets, by index."""
+        self._waiting.append((sets, final))
+        if sum(len(sets) for sets, _ in self._waiting) * self._run.n_prompts >= ROWS_READ_AT_ONCE:
+            self.finish()
+
+    def finish(self) -> None:
+        """Read the effects of all that wait, into their places."""
+        if self._waiting:
+            indices = torch.tensor([i for sets, _ in self._waiting for i in sets])
+            final = torch.cat([final for _, final in self._waiting])
+            self._effects[indices[:, None], self._run.chunk] = self._run.readout.effects(final)
+            self._waiting.clear()
 
 
 class DeltaSession(DataSession):
@@ -108,20 +134,45 @@ class DeltaSession(DataSession):
     ) -> None:
         """Compute the chosen sets for one chunk of prompts, into their places among the effects and departures."""
         chunks = plan_chunks([starts[i] for i in chosen], run.n_prompts, self.n_pos, self._layout.max_tokens)
+        if run.has_base:
+            chunks = climbing_chunks(chunks, run.n_prompts, self.n_pos, self._layout.max_tokens)
         chunks = [replace(chunk, sets=tuple(chosen[i] for i in chunk.sets)) for chunk in chunks]
-        self._over_rows(run, chunks, partial(self._propagate_chunk, run, sets, effects, departures), count)
+        reading = _Reading(run, effects)
+        self._over_rows(run, chunks, partial(self._propagate_chunk, run, sets, starts, reading, departures), count)
+        reading.finish()
 
     def _propagate_chunk(
         self,
         run: DeltaRun,
         sets: Sequence[PatchSet],
-        effects: Float[Tensor, "set prompt *metric"],
+        starts: Sequence[Start],
+        reading: _Reading,
         departures: Departures | None,
         chunk: Chunk,
     ) -> None:
-        indices = list(chunk.sets)
-        found = None if departures is None else Departures.none(len(indices), effects)
-        rows = run.enter([sets[i] for i in indices], chunk.start, found)
+        """Run sets up together, each from where it starts, and leave them to be read."""
+        rows: Rows | None = None
+        done: list[int] = []
+        for start, group in itertools.groupby(chunk.sets, key=lambda i: starts[i]):
+            entered, indices = self._enter(run, sets, start, list(group), departures)
+            if indices:
+                rows = entered if rows is None else run.joined(run.raised(rows, entered.layer), entered)
+                done += indices
+        if rows is not None:
+            reading.add(done, run.rise(rows))
+
+    def _enter(
+        self,
+        run: DeltaRun,
+        sets: Sequence[PatchSet],
+        start: Start,
+        indices: list[int],
+        departures: Departures | None,
+    ) -> tuple[Rows, list[int]]:
+        """Chosen sets through the layer that they start in, into their places among the departures; and which of them
+        are to be run on."""
+        found = None if departures is None else Departures.none(len(indices), run.final)
+        rows = run.enter([sets[i] for i in indices], start, found)
         if departures is not None and found is not None:
             at = torch.tensor(indices)
             departures.size[at], departures.shrinkage[at] = found.size, found.shrinkage
@@ -130,8 +181,8 @@ class DeltaSession(DataSession):
                 again = {i for repeated in self._to_repeat(found) for i in repeated}
                 left = [i for i in range(len(indices)) if i not in again]
                 rows, indices = run.select(rows, left), [indices[i] for i in left]
-        if indices:
-            effects[torch.tensor(indices)[:, None], run.chunk] = run.leave(rows)
+        # What is patched nowhere has no effect that would have to be read.
+        return rows, [] if rows.is_nothing else indices
 
     def _repeat_fully(
         self,

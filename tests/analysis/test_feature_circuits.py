@@ -12,13 +12,15 @@ from dictionary_cases import ACTIVATIONS, PLACES, plain_encode, random_dictionar
 from patching_cases import CONFIGS, random_model, task_for
 from subcircuit.analysis.baselines import random_baseline
 from subcircuit.analysis.circuit import Circuit
+from subcircuit.analysis.compare import compare_circuits, cross_task_scores, jaccard_matrix
 from subcircuit.analysis.curves import node_curve, node_ranking
 from subcircuit.analysis.discover import discover
 from subcircuit.analysis.edges import prune_edges
 from subcircuit.analysis.evaluation import evaluate_circuit
 from subcircuit.analysis.faithfulness import Ablation, node_drops, score
+from subcircuit.analysis.figures import overlay_figure
 from subcircuit.analysis.masks import gated
-from subcircuit.analysis.nodes import all_nodes, candidate_nodes, random_nodes
+from subcircuit.analysis.nodes import all_nodes, candidate_nodes, candidates_of, random_nodes
 from subcircuit.analysis.sensitivity import sensitivity
 from subcircuit.analysis.sweep import sweep
 from subcircuit.engine.errors import PatchError
@@ -220,6 +222,41 @@ def test_sensitivity_takes_features(make):
     first, second = found.outcomes
     assert first.score == pytest.approx(case.score({*map(str, circuit.nodes)}), rel=1e-3, abs=0.01)
     assert second.convention.source == "zero"
+
+
+def test_circuits_with_features_are_compared(make):
+    """Their overlap among the candidates of both tasks, and each circuit's score on the other's task."""
+    case = make()
+    other = task_for(case.plain, SEED + 5)
+    nodes = candidates_of(case.model, [case.task, other], ["mean"])
+    assert set(nodes) == {node for task in (case.task, other) for node in candidate_nodes(case.model, task)}
+    a, b = Circuit.of_nodes(case.nodes()[::2]), Circuit.of_nodes(case.nodes()[1::3])
+    config = case.model.config
+    found = compare_circuits({"a": (a, config), "b": (b, config)}, {config: nodes})
+    of_kind = {each.kind: each for each in found.pairs[0].overlaps}
+    assert of_kind["features"].n_all == sum(node.is_feature for node in nodes)
+    assert of_kind["features"].n_both == len(set(a.features) & set(b.features))
+    assert (of_kind["heads"].n_all, of_kind["mlps"].n_all) == (8, 2)
+    assert found.shared[config.name].features == (a & b).features
+    assert found.to_dict()["union"][config.name]["features"] == list(map(str, (a | b).features))
+    assert jaccard_matrix([a, b], "features")[0, 1].item() == pytest.approx(a.jaccard(b, "features"))
+    table = cross_task_scores([Ablation(case.model, case.task, precision="fp64")], [a, b])
+    expected = [case.score({*map(str, circuit.nodes)}) for circuit in (a, b)]
+    assert table[0].tolist() == pytest.approx(expected)
+    svg = overlay_figure({"one": a, "two": b}, config.n_layers, config.n_heads, "overlay")
+    assert f"{len(a.features)} features (not drawn)" in svg
+
+
+def test_a_fingerprint_tells_dictionaries_apart_in_any_dtype(make):
+    case = make("jumprelu")
+    settings = Ablation(case.model, case.task).settings["dictionary_fingerprints"]
+    assert settings == {each.hook_name: each.fingerprint() for each in case.dictionaries.values()}
+    assert len(set(settings.values())) == 3
+    one = case.dictionaries["m"]
+    for dtype in (torch.float64, torch.bfloat16):
+        assert one.map(lambda tensor, dtype=dtype: tensor.to(dtype)).fingerprint() == one.fingerprint()
+    other = random_dictionary(one.hook_name, case.plain.config, SEED + 9, "jumprelu", d_sae=12)
+    assert other.fingerprint() != one.fingerprint()
 
 
 def test_what_is_kept_but_no_candidate_changes_nothing(make):

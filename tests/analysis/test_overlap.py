@@ -17,6 +17,7 @@ from subcircuit.analysis.figures import curve_figure, overlap_figure
 from subcircuit.analysis.overlap import n_edges, overlap, overlap_matrix, overlaps
 from subcircuit.engine.config import ModelConfig
 from subcircuit.engine.errors import PatchError
+from subcircuit.engine.patching import Component
 from subcircuit.engine.patching.graph import edges
 
 CONFIG = CONFIGS["gpt2"]
@@ -38,6 +39,37 @@ def test_chance_of_all_nodes_is_what_every_circuit_of_that_size_gives():
     assert found.expected_jaccard == pytest.approx(sum(a.jaccard(other) for other in drawn) / len(drawn))
     assert found.p == pytest.approx(sum(k >= 2 for k in both) / len(both))
     assert overlap(a, b, config, "mlps").p == pytest.approx(1 / 2)
+
+
+def test_features_have_the_chance_of_circuits_drawn_kind_by_kind():
+    """Every circuit of as many heads, MLPs and features of each kind, from a few candidates."""
+    names = ["a0.h0", "a0.h1", "m0", "m2", "r1.f2", "r1.f5", "r1.f7", "m1.f0", "m1.f3"]
+    nodes = [Component.parse(name) for name in names]
+    print(f"seed {(seed := random.randrange(10**6))}")
+    rng = random.Random(seed)
+    a, b = (Circuit.of_nodes(rng.sample(names, rng.randint(3, 7))) for _ in range(2))
+
+    def every(circuit):
+        kinds = [[node for node in nodes if node.kind == kind] for kind in dict.fromkeys(node.kind for node in nodes)]
+        sizes = [len([node for node in circuit.nodes if node in kind]) for kind in kinds]
+        draws = [itertools.combinations(kind, size) for kind, size in zip(kinds, sizes, strict=True)]
+        return [Circuit.of_nodes(itertools.chain(*parts)) for parts in itertools.product(*draws)]
+
+    for kind, chosen in (("features", lambda c: set(c.features)), ("nodes", lambda c: set(c.nodes))):
+        both = [len(chosen(a) & chosen(other)) for other in every(b)]
+        found = overlap(a, b, CONFIG, kind, nodes)
+        n_both = len(chosen(a) & chosen(b))
+        n_all = {"features": 5, "nodes": 9}[kind]
+        assert (found.n_all, found.n_a, found.n_b, found.n_both) == (n_all, len(chosen(a)), len(chosen(b)), n_both)
+        assert found.expected_both == pytest.approx(sum(both) / len(both))
+        assert found.p == pytest.approx(sum(k >= n_both for k in both) / len(both))
+    assert overlap(a, b, CONFIG, "heads", nodes).n_all == 2
+    kinds = [each.kind for each in overlaps(a, b, CONFIG, nodes)]
+    assert kinds == ["nodes", "heads", "mlps", *(["features"] if a.features and b.features else [])]
+    with pytest.raises(PatchError, match=r"'r1\.f2', which is none of the 8 nodes that circuits may consist of"):
+        overlap(Circuit.of_nodes(["r1.f2"]), b, CONFIG, "nodes", [node for node in nodes if str(node) != "r1.f2"])
+    with pytest.raises(PatchError, match=r"'m1\.f3', which is none of the 15 nodes"):
+        compare_circuits({"a": (Circuit([], [], features=["m1.f3"]), CONFIG), "b": (Circuit([], []), CONFIG)})
 
 
 def test_edges_are_drawn_from_all_or_from_those_between_shared_nodes():

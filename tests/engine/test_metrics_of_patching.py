@@ -11,9 +11,12 @@ import torch
 
 from patching_cases import CONFIGS, random_model, random_prompts, relative_error
 from subcircuit.analysis import metrics
+from subcircuit.analysis.nodes import all_nodes
 from subcircuit.engine.errors import PatchError
 from subcircuit.engine.patching import DeltaSession, Patch, Site, patch_effects
-from subcircuit.engine.patching.metric import METRICS, measure
+from subcircuit.engine.patching.delta import DeltaRun
+from subcircuit.engine.patching.metric import METRICS, MetricReadout, measure
+from subcircuit.engine.patching.sites import as_patch_set
 from subcircuit.kernels.backend import triton_runs_on
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -168,3 +171,30 @@ def test_a_metric_that_does_not_exist_is_named(case, executor):
     model, prompts = case
     with pytest.raises(PatchError, match="metric 'loss' is not known; expected one of logit_difference, log_prob"):
         patch_effects(model, prompts, ["a0.h0"], executor=executor, metric="loss")
+
+
+@pytest.mark.parametrize("budget_bytes", [None, 60_000])
+@pytest.mark.parametrize("source", ["corrupted", "mean", "zero"])
+def test_rows_on_a_base_join_and_are_read_together(case, source, budget_bytes, monkeypatch):
+    """Rows from every layer on, on a random base: each layer's weights and the vocabulary are fetched once for all."""
+    model, prompts = case
+    rng = random.Random(SEED)
+    names = rng.sample([str(node) for node in all_nodes(model.config)], k=15)
+    base, rest = as_patch_set(names[:5]), names[5:]
+    sets = [as_patch_set(rng.sample(rest, rng.randint(1, 3))) for _ in names]
+    sets += [(), as_patch_set("a0.h0")]
+    passes, readings = [], []
+    block, read = DeltaRun._block, MetricReadout.effects
+    monkeypatch.setattr(DeltaRun, "_block", lambda run, layer, *rest: passes.append(layer) or block(run, layer, *rest))
+    monkeypatch.setattr(MetricReadout, "effects", lambda *args: readings.append(1) or read(*args))
+    options = {"source": source, "precision": "fp64", "metric": METRICS}
+    session = DeltaSession(model, prompts, budget_bytes=budget_bytes, **options)
+    found = session.effects(sets, base=base).effects
+    whole = [(*base, *extra) for extra in sets]
+    expected = patch_effects(model, prompts, whole, executor="reference", **options).effects
+    torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-11)
+    if budget_bytes is None:
+        n_prompt_chunks, last = len(session._layout.prompt_chunks), model.config.n_layers - 1
+        assert len(readings) == n_prompt_chunks
+        # the base's own pass, rows that start in the last layer, two sorts of them, and all that come from below
+        assert passes.count(last) <= 4 * n_prompt_chunks

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from subcircuit.kernels import vocabulary
 from subcircuit.kernels.backend import triton_runs_on
-from subcircuit.kernels.vocabulary import kl_readout, top_readout
+from subcircuit.kernels.vocabulary import kl_and_top_readout, kl_readout, top_readout
 
 SEED = random.randrange(10**6)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -103,6 +103,19 @@ def test_the_top_token_has_the_largest_logit(backend, dtype, size, shape):
     # A bfloat16 product of torch rounds its result: a token as good as the best within that is the best.
     slack = {torch.bfloat16: 2**-6, torch.float16: 2**-9}.get(dtype, 1e-5)
     assert (changed.amax(-1) - chosen <= slack * changed.abs().amax()).all()
+
+
+@pytest.mark.parametrize(("backend", "dtype", "size", "shape"), CASES, ids=str)
+def test_both_together_are_what_each_is_alone(backend, dtype, size, shape):
+    values = inputs(*draw(shape, size, SEED), dtype)
+    delta, log_p, _, unembed = values
+    kl, top = kl_and_top_readout(*values, backend=backend)
+    assert torch.equal(kl, kl_readout(*values, backend=backend))
+    alone = top_readout(delta, log_p, unembed, backend=backend)
+    # The mean change of the logits is taken off before, so that near ties may be rounded to another token.
+    changed = log_p.double() + delta.double() @ unembed.double().T
+    chosen, best = (changed.gather(-1, tokens[..., None]) for tokens in (top, alone))
+    assert ((best - chosen).abs() <= (1e-5 if dtype.itemsize > 2 else 2**-6) * changed.abs().amax()).all()
 
 
 @BACKENDS
