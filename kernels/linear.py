@@ -1,46 +1,58 @@
 """linear: δ times a linear weight.
 
-The products of a sweep use the same weights again and again, so that on a CPU they are worth laying out once in the
-blocks that oneDNN multiplies from. Measured on two Zen 4 cores for 2,112 rows of GPT-2 Small's shapes: float32 220 to
-226 GFLOP/s, against 188 to 204 of `F.linear` (MKL); bfloat16 434 to 453 against 395 to 436.
+On x86 processors oneDNN multiplies faster than what `F.linear` calls, the more so with weights laid out for it. For
+2,112 rows of GPT-2 Small's shapes, on two Zen 4 cores: in float32 211 to 220 GFLOP/s, against 188 to 204 of MKL; in
+bfloat16 434 to 453 from laid-out weights, against 395 to 436. Laying out float32 weights as well gains 3 % more, but
+takes a copy of them that is paid for only after several sweeps.
 """
 
 from __future__ import annotations
 
 import platform
+from functools import cache
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+LARGE = 2**23
+"""Multiplications from which on oneDNN's overhead does not matter."""
+
 
 def linear(delta: Float[Tensor, "*rows d_in"], weight: Float[Tensor, "d_out d_in"]) -> Float[Tensor, "*rows d_out"]:
-    """δ Wᵀ in the dtype of the weight, which may be one that was `laid_out`."""
+    """δ Wᵀ in the dtype of the weight, which may be one that was `laid_out`. Without gradients."""
     rows = delta.to(weight.dtype).reshape(-1, weight.shape[1])  # of a slice, F.linear would copy the weight instead
     out: Tensor
-    if weight.is_mkldnn:
+    if weight.is_mkldnn or (
+        weight.dtype == torch.float32 and rows.numel() * len(weight) >= LARGE and on_onednn(weight)
+    ):
         out = torch.ops.mkldnn._linear_pointwise(rows, weight, None, "none", [], "")
     else:
         out = F.linear(rows, weight)
     return out.view(*delta.shape[:-1], -1)
 
 
-def can_lay_out(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether `laid_out` does anything for weights of this dtype.
+def on_onednn(weight: Float[Tensor, "d_out d_in"]) -> bool:
+    """Whether oneDNN is there for a weight, and the faster choice."""
+    return weight.device.type == "cpu" and weight.dtype in _onednn_dtypes()
 
-    oneDNN's products of laid-out weights are what torch.compile uses for models that are frozen; torch has no public
-    name for them. MKL and other processors' libraries are as fast as oneDNN elsewhere, as far as we know.
-    """
-    is_x86 = device.type == "cpu" and platform.machine() in ("x86_64", "AMD64")
-    if not is_x86 or not torch.backends.mkldnn.is_available():
-        return False
-    if not all(hasattr(torch.ops.mkldnn, name) for name in ("_linear_pointwise", "_reorder_linear_weight")):
-        return False
-    return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+@cache
+def _onednn_dtypes() -> frozenset[torch.dtype]:
+    """torch.compile uses the same two operations for models that are frozen; torch has no public name for them."""
+    is_x86 = platform.machine() in ("x86_64", "AMD64") and torch.backends.mkldnn.is_available()
+    operations = "_linear_pointwise", "_reorder_linear_weight", "_is_mkldnn_bf16_supported"
+    if not is_x86 or not all(hasattr(torch.ops.mkldnn, name) for name in operations):
+        return frozenset()
+    bfloat16 = [torch.bfloat16] if torch.ops.mkldnn._is_mkldnn_bf16_supported() else []
+    return frozenset([torch.float32, *bfloat16])
 
 
 def laid_out(weight: Float[Tensor, "d_out d_in"]) -> Float[Tensor, "d_out d_in"]:
-    """A copy of a linear weight for `linear` alone: it cannot be sliced or read. Needs `can_lay_out`."""
+    """A copy of a weight for `linear` alone, where oneDNN is there for it, else the weight: it cannot be sliced or
+    read."""
+    if not on_onednn(weight):
+        return weight
     copy: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), None)
     return copy

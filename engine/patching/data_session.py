@@ -116,8 +116,8 @@ class DataSession:
         self._product_dtype, self._compute_dtype = product_dtype, compute_dtype
         blocks = [cast(Block, block) for block in self.model.blocks]
         self.budget_bytes = default_budget(self.model.device) if budget_bytes is None else budget_bytes
-        self.copied_bytes, lays_out = copied_bytes(model, product_dtype, compute_dtype, self.budget_bytes)
-        self.weights_of = partial(LayerWeights.of, dtype=product_dtype, lay_out=lays_out)
+        self.copied_bytes = copied_bytes(model, product_dtype, compute_dtype)
+        self.weights_of = partial(LayerWeights.of, dtype=product_dtype)
         self._weights = cache(lambda layer: self.weights_of(blocks[layer]))
         # Of the layer in work only: together they would be a copy of the model.
         self._precise_weights = lru_cache(maxsize=1)(lambda layer: LayerWeights.of(blocks[layer], compute_dtype))

@@ -90,10 +90,11 @@ class LayerWeights:
     out: Tensor
 
     @classmethod
-    def of(cls, block: Block, dtype: torch.dtype, lay_out: bool = False) -> LayerWeights:
+    def of(cls, block: Block, dtype: torch.dtype) -> LayerWeights:
+        """Copies, laid out for the products, where the block has another dtype."""
+
         def weight(linear: Linear) -> Tensor:
-            cast_weight = linear.weight.to(dtype)
-            return laid_out(cast_weight) if lay_out else cast_weight
+            return linear.weight if linear.weight.dtype == dtype else laid_out(linear.weight.to(dtype))
 
         attn, mlp = block.attn, block.mlp
         return cls(

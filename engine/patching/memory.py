@@ -17,7 +17,6 @@ from subcircuit.engine.model import HookedTransformer
 from subcircuit.engine.patching.metric import Metrics, clean_readout_bytes
 from subcircuit.engine.patching.plan import TOKENS_PER_CHUNK, prompt_chunks
 from subcircuit.engine.patching.sources import PromptChunk, SourceKey, tail_shape
-from subcircuit.kernels.linear import can_lay_out
 
 # Of the budget, for what is not counted one by one: freed blocks that the allocator keeps, buffers of the products.
 SLACK = 0.05
@@ -79,21 +78,16 @@ def clean_bytes(config: ModelConfig, n_pos: int, element_size: int) -> int:
     return config.n_layers * Sizes(config, n_pos, element_size, element_size, fused=False).clean_layer()
 
 
-def copied_bytes(
-    model: HookedTransformer, product_dtype: torch.dtype, compute_dtype: torch.dtype, budget_bytes: int
-) -> tuple[int, bool]:
-    """Bytes of the copies of weights that a session makes, and whether it lays out the linear ones for the products:
-    where they are to be cast anyway, and where a copy for that alone takes half of the budget at most."""
+def copied_bytes(model: HookedTransformer, product_dtype: torch.dtype, compute_dtype: torch.dtype) -> int:
+    """Bytes of the copies of weights that a session makes where products or all else have another precision."""
     n_bytes = 0
     if model.dtype != compute_dtype:
         n_bytes += sum(weight.numel() for weight in model.parameters()) * torch.finfo(compute_dtype).bits // 8
-    config = model.config
-    linear = config.d_model * 2 * (config.n_heads + config.kv_heads) * config.d_head
-    linear += (3 if config.gated_mlp else 2) * config.d_model * config.d_mlp
-    linear *= config.n_layers * torch.finfo(product_dtype).bits // 8
-    is_cast = product_dtype != compute_dtype
-    lays_out = can_lay_out(model.device, product_dtype) and (is_cast or n_bytes + linear <= budget_bytes // 2)
-    return (n_bytes + linear, lays_out) if is_cast or lays_out else (n_bytes, False)
+    if product_dtype != compute_dtype:
+        config = model.config
+        linear = 2 * (config.n_heads + config.kv_heads) * config.d_head + (3 if config.gated_mlp else 2) * config.d_mlp
+        n_bytes += config.n_layers * config.d_model * linear * torch.finfo(product_dtype).bits // 8
+    return n_bytes
 
 
 _KEPT_ANYWAY = ("attn.hook_z", "attn.hook_v", "hook_resid_pre", "mlp.hook_post")

@@ -19,6 +19,7 @@ from subcircuit.bench.model_files import gpt2_config, random_gpt2, save_huggingf
 from subcircuit.bench.problem import sample_of
 from subcircuit.bench.workers.harness import Job, Patch, load_worker
 from subcircuit.engine.errors import BenchError, ConfigError
+from subcircuit.kernels.linear import laid_out, linear
 
 SETTINGS = Settings(n_prompts=3, length=8, first_difference=3, sample=4, runs=1, threads=1)
 SMALL = "--layers 2 --d-model 32 --heads 4 --vocab 101 --prompts 3 --length 8 --first-difference 3".split()
@@ -150,7 +151,7 @@ def test_flops_are_counted_by_dtype():
 
     def products():
         torch.nn.functional.linear(left, right.T, torch.ones(7))
-        left @ right
+        linear(left, laid_out(right.T))
         batch @ batch.transpose(1, 2)
 
     flops = matrix_product_flops(products)
