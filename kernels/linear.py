@@ -24,9 +24,8 @@ def linear(delta: Float[Tensor, "*rows d_in"], weight: Float[Tensor, "d_out d_in
     """δ Wᵀ in the dtype of the weight, which may be one that was `laid_out`. Without gradients."""
     rows = delta.to(weight.dtype).reshape(-1, weight.shape[1])  # of a slice, F.linear would copy the weight instead
     out: Tensor
-    if weight.is_mkldnn or (
-        weight.dtype == torch.float32 and rows.numel() * len(weight) >= LARGE and on_onednn(weight)
-    ):
+    is_large = rows.numel() * len(weight) >= LARGE
+    if weight.is_mkldnn or (weight.dtype == torch.float32 and is_large and on_onednn(weight)):
         out = torch.ops.mkldnn._linear_pointwise(rows, weight, None, "none", [], "")
     else:
         out = F.linear(rows, weight)
@@ -34,8 +33,8 @@ def linear(delta: Float[Tensor, "*rows d_in"], weight: Float[Tensor, "d_out d_in
 
 
 def on_onednn(weight: Float[Tensor, "d_out d_in"]) -> bool:
-    """Whether oneDNN is there for a weight, and the faster choice."""
-    return weight.device.type == "cpu" and weight.dtype in _onednn_dtypes()
+    """Whether oneDNN is there for a weight, and the faster choice: with a transposed one it is slower by orders."""
+    return weight.device.type == "cpu" and weight.is_contiguous() and weight.dtype in _onednn_dtypes()
 
 
 @cache
@@ -54,5 +53,5 @@ def laid_out(weight: Float[Tensor, "d_out d_in"]) -> Float[Tensor, "d_out d_in"]
     read."""
     if not on_onednn(weight):
         return weight
-    copy: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), None)
+    copy: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None)
     return copy

@@ -94,7 +94,7 @@ class LayerWeights:
         """Copies, laid out for the products, where the block has another dtype."""
 
         def weight(linear: Linear) -> Tensor:
-            return linear.weight if linear.weight.dtype == dtype else laid_out(linear.weight.to(dtype))
+            return linear.weight if linear.weight.dtype == dtype else laid_out(linear.weight.to(dtype).contiguous())
 
         attn, mlp = block.attn, block.mlp
         return cls(

@@ -24,7 +24,8 @@ def test_products_of_slices_equal_those_in_float64(dtype, shape, widths):
     delta = torch.randn(*shape[:2], shape[2] + 2, d_in, generator=generator)[:, :, 2:]
     weight = torch.randn(2 * d_out, d_in, generator=generator).to(dtype)[d_out:]
     expected = delta.to(dtype).double() @ weight.double().T
-    for each in (weight, laid_out(weight)):
+    transposed = weight.T.contiguous().T
+    for each in (weight, laid_out(weight), transposed, laid_out(transposed)):
         found = linear(delta, each)
         assert (found.shape, found.dtype) == ((*shape, d_out), dtype)
         assert relative_error(found.double(), expected) < TOLERANCE[dtype]
