@@ -32,7 +32,7 @@ from subcircuit.analysis.transfer import transfer
 from subcircuit.analysis.transfer_figures import transfer_figure
 from subcircuit.engine.model import HookedTransformer
 from subcircuit.engine.patching.options import Executor, Precision
-from subcircuit.engine.threads import SMALL_MODEL
+from subcircuit.engine.threads import is_small
 
 Progress = Callable[[int, int], None]
 Cell = str | float | int | None
@@ -260,14 +260,13 @@ def lens_stage(subject: Subject, progress: Progress) -> Section:
 def sensitivity_stage(subject: Subject, progress: Progress) -> Section:
     """What holds of the circuit under every source, metric and scope, on the first `n_sensitivity_prompts` prompts."""
     n = min(subject.task.n, subject.n_sensitivity_prompts)
-    is_small = subject.model.config.n_params <= SMALL_MODEL
     found = sensitivity(
         subject.model,
         {f"{n} prompts": subject.task.subset(range(n))},
         subject.circuit,
         scopes=SENSITIVITY_SCOPES,
         threshold=subject.circuit.settings["threshold"],
-        n_random=N_SENSITIVITY_RANDOM if is_small else N_SENSITIVITY_RANDOM_OF_LARGE,
+        n_random=N_SENSITIVITY_RANDOM if is_small(subject.model) else N_SENSITIVITY_RANDOM_OF_LARGE,
         seed=subject.seed,
         executor=subject.executor,
         precision=subject.precision,

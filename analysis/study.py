@@ -38,7 +38,7 @@ from subcircuit.analysis.tasks import task as build_task
 from subcircuit.engine.errors import PatchError, StoreError, TaskError
 from subcircuit.engine.model import HookedTransformer
 from subcircuit.engine.patching.options import Executor, Precision
-from subcircuit.engine.threads import SMALL_MODEL, suitable_threads
+from subcircuit.engine.threads import is_small, suitable_threads
 from subcircuit.weights.names import load
 
 Progress = Callable[[str, int, int], None]
@@ -371,17 +371,13 @@ class _ModelStudy:
     def _n_random(self) -> int:
         if self.settings.n_random is not None:
             return self.settings.n_random
-        return 50 if self._is_small else 10
+        return 50 if is_small(self.model) else 10
 
     @property
     def _n_sensitivity_prompts(self) -> int:
         if self.settings.n_sensitivity_prompts is not None:
             return self.settings.n_sensitivity_prompts
-        return self.settings.n if self._is_small else 3
-
-    @property
-    def _is_small(self) -> bool:
-        return self.model.config.n_params <= SMALL_MODEL
+        return self.settings.n if is_small(self.model) else 3
 
     def _ablation(self, task: Task) -> Ablation:
         return Ablation(self.model, task, executor=self.settings.executor, precision=self.settings.precision)

@@ -25,21 +25,21 @@ def linear(delta: Float[Tensor, "*rows d_in"], weight: Float[Tensor, "d_out d_in
     rows = delta.to(weight.dtype).reshape(-1, weight.shape[1])  # of a slice, F.linear would copy the weight instead
     out: Tensor
     is_large = rows.numel() * len(weight) >= LARGE
-    if weight.is_mkldnn or (weight.dtype == torch.float32 and is_large and on_onednn(weight)):
+    if weight.is_mkldnn or (weight.dtype == torch.float32 and is_large and _is_for_onednn(weight)):
         out = torch.ops.mkldnn._linear_pointwise(rows, weight, None, "none", [], "")
     else:
         out = F.linear(rows, weight)
     return out.view(*delta.shape[:-1], -1)
 
 
-def on_onednn(weight: Float[Tensor, "d_out d_in"]) -> bool:
+def _is_for_onednn(weight: Float[Tensor, "d_out d_in"]) -> bool:
     """Whether oneDNN is there for a weight, and the faster choice: with a transposed one it is slower by orders."""
     return weight.device.type == "cpu" and weight.is_contiguous() and weight.dtype in _onednn_dtypes()
 
 
 @cache
 def _onednn_dtypes() -> frozenset[torch.dtype]:
-    """torch.compile uses the same two operations for models that are frozen; torch has no public name for them."""
+    """torch.compile uses the same operations for models that are frozen; torch has no public name for them."""
     is_x86 = platform.machine() in ("x86_64", "AMD64") and torch.backends.mkldnn.is_available()
     operations = "_linear_pointwise", "_reorder_linear_weight", "_is_mkldnn_bf16_supported"
     if not is_x86 or not all(hasattr(torch.ops.mkldnn, name) for name in operations):
@@ -51,7 +51,8 @@ def _onednn_dtypes() -> frozenset[torch.dtype]:
 def laid_out(weight: Float[Tensor, "d_out d_in"]) -> Float[Tensor, "d_out d_in"]:
     """A copy of a weight for `linear` alone, where oneDNN is there for it, else the weight: it cannot be sliced or
     read."""
-    if not on_onednn(weight):
+    weight = weight.detach().contiguous()
+    if not _is_for_onednn(weight):
         return weight
-    copy: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None)
+    copy: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, None)
     return copy

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import flop_registry
 from subcircuit.kernels.linear import laid_out, linear
 
 PRODUCTS = (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm, torch.ops.aten.baddbmm)
-LAID_OUT_PRODUCT = "mkldnn::_linear_pointwise"
+ONEDNN_PRODUCT = "mkldnn::_linear_pointwise"
 PLAIN_SIZE = 2048
 """A plain large product is that of two square matrices of this size."""
 
@@ -33,7 +33,7 @@ class _ProductCounter(TorchDispatchMode):
         if func.overloadpacket in PRODUCTS:
             count = flop_registry[func.overloadpacket](*args, **kwargs, out_val=out)
             self.flops[dtype_name(args[-1].dtype)] += count
-        elif func.overloadpacket._qualified_op_name == LAID_OUT_PRODUCT:
+        elif func.overloadpacket._qualified_op_name == ONEDNN_PRODUCT:
             self.flops[dtype_name(out.dtype)] += 2 * out.numel() * args[0].shape[-1]
         return out
 
@@ -41,8 +41,8 @@ class _ProductCounter(TorchDispatchMode):
 def matrix_product_flops(run: Callable[[], object]) -> dict[str, int]:
     """FLOPs of the matrix products of one call, by dtype, a multiplication and an addition as two.
 
-    Counted is what reaches torch as mm, addmm, bmm or baddbmm, or oneDNN with a laid-out weight. The products inside
-    fused attention and inside kernels of our own are not.
+    Counted is what reaches torch as mm, addmm, bmm or baddbmm, or oneDNN. The products inside fused attention and
+    inside kernels of our own are not.
     """
     with _ProductCounter() as counter:
         run()

@@ -1,12 +1,11 @@
 """One data set in delta form: its clean runs, kept from call to call, and the way of all rows over them, in chunks that
-fit memory. `session` runs patched nodes on it, `edge_session` removed edges and
-paths."""
+fit memory. `session` runs patched nodes on it, `edge_session` removed edges and paths."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, lru_cache, partial
+from functools import cache, partial
 from typing import cast
 
 import torch
@@ -119,8 +118,7 @@ class DataSession:
         self.copied_bytes = copied_bytes(model, product_dtype, compute_dtype)
         self.weights_of = partial(LayerWeights.of, dtype=product_dtype)
         self._weights = cache(lambda layer: self.weights_of(blocks[layer]))
-        # Of the layer in work only: together they would be a copy of the model.
-        self._precise_weights = lru_cache(maxsize=1)(lambda layer: LayerWeights.of(blocks[layer], compute_dtype))
+        self._precise_weights = cache(lambda layer: LayerWeights.of(blocks[layer], compute_dtype))
         self.n_prompts, self.n_pos = prompts.clean.shape
         on_cpu = self.model.device.type == "cpu"
         self._backend: Backend = "triton" if executor == "triton" else "native" if on_cpu else "torch"

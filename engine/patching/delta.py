@@ -93,8 +93,8 @@ class LayerWeights:
     def of(cls, block: Block, dtype: torch.dtype) -> LayerWeights:
         """Copies, laid out for the products, where the block has another dtype."""
 
-        def weight(linear: Linear) -> Tensor:
-            return linear.weight if linear.weight.dtype == dtype else laid_out(linear.weight.to(dtype).contiguous())
+        def weight(module: Linear) -> Tensor:
+            return module.weight if module.weight.dtype == dtype else laid_out(module.weight.to(dtype))
 
         attn, mlp = block.attn, block.mlp
         return cls(
@@ -522,10 +522,6 @@ class DeltaRun:
 
 def _is_nothing(delta: Split) -> bool:
     return delta[0] is None and delta[1] is None
-
-
-def _last(delta: Delta | None) -> Float[Tensor, "#set prompt d"] | None:
-    return None if delta is None else delta[:, :, -1]
 
 
 def _at_least(delta: Delta | None, n_pos: int) -> Delta | None:

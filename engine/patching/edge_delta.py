@@ -157,9 +157,9 @@ class EdgeRun(DeltaRun):
         change = change if delta is None else change - delta
         if kind != "z":
             return change[:, None]
-        weight = cast(Block, self.model.blocks[layer]).attn.w_o.weight.to(self.product_dtype)
-        per_head = weight.unflatten(1, (self.config.n_heads, -1))[:, list(indices)]
-        chosen = change[..., list(indices), :].to(weight.dtype)
+        weight = cast(Block, self.model.blocks[layer]).attn.w_o.weight.unflatten(1, (self.config.n_heads, -1))
+        per_head = weight[:, list(indices)].to(self.product_dtype)
+        chosen = change[..., list(indices), :].to(self.product_dtype)
         return torch.einsum("sptnh,dnh->snptd", chosen, per_head).to(self.model.dtype)
 
     def through_heads(
