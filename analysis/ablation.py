@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Hashable, Iterable, Sequence
 from typing import Any, Generic, TypeVar
@@ -9,6 +10,7 @@ from typing import Any, Generic, TypeVar
 from jaxtyping import Float
 from torch import Tensor
 
+from subcircuit.analysis.circuit import Circuit
 from subcircuit.analysis.tasks import Task
 from subcircuit.engine.errors import TaskError
 from subcircuit.engine.model import HookedTransformer
@@ -65,6 +67,15 @@ class ItemAblation(ABC, Generic[Item]):
         self.clean_by_metric = self._by_metric(self._effects([()], ()).clean_metric)
         self.clean: Float[Tensor, "prompt"] = self.clean_by_metric[metric]
         self.full = full_metric(self.clean, task, metric)
+
+    @abstractmethod
+    def items_of(self, circuit: Circuit) -> list[Item]:
+        """What a circuit keeps: its nodes, or its edges."""
+
+    @abstractmethod
+    def drawn_like(self, circuit: Circuit, rng: random.Random, match: str) -> set[Item]:
+        """What one random circuit keeps that is like the given one; `match` says in what. Raises PatchError for a
+        `match` that these items do not know."""
 
     @abstractmethod
     def _prepare(self) -> None:

@@ -11,16 +11,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from subcircuit.analysis.ablation import Item, ItemAblation
 from subcircuit.analysis.circuit import Circuit
 from subcircuit.analysis.evaluation import Scale
-from subcircuit.analysis.faithfulness import Ablation
-from subcircuit.analysis.nodes import random_nodes
 from subcircuit.analysis.statistics import benjamini_hochberg, empirical_p, sign_flip_p
 from subcircuit.analysis.sweep import Scores
 from subcircuit.engine.errors import PatchError
-from subcircuit.engine.patching import Component
 
-Match = Literal["size", "layers"]
+Match = Literal["size", "layers", "nodes"]
 ROWS_AT_ONCE = 64
 
 
@@ -79,7 +77,7 @@ class Baseline:
 
 
 def random_baseline(
-    ablation: Ablation,
+    ablation: ItemAblation[Item],
     circuit: Circuit,
     n: int = 1000,
     *,
@@ -87,30 +85,33 @@ def random_baseline(
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> Baseline:
-    """The circuit beside n random ones: `match="size"` with as many heads, MLPs and features, `"layers"` with as
-    many in each layer. A circuit drawn twice is evaluated once and counts twice.
+    """The circuit beside n random ones. A circuit drawn twice is evaluated once and counts twice.
+
+    Of nodes, `match="size"` draws as many heads, MLPs and features, `"layers"` as many of them in each layer. Of edges
+    (an `EdgeAblation`), `"size"` draws as many from all of the model, `"layers"` as many from each layer to each, and
+    `"nodes"` as many from those between the circuit's own nodes: what its choice of edges adds to that of nodes.
 
     Raises PatchError for another match, no draws, or when there is nothing to recover.
     """
     if match not in get_args(Match) or n < 1:
         raise PatchError(
-            f"{n} random circuits matched by {match!r}; expected at least 1, matched by 'size' or 'layers'"
+            f"{n} random circuits matched by {match!r}; expected at least 1, matched by 'size', 'layers' or 'nodes'"
         )
     rng = random.Random(seed)
-    drawn = [frozenset(random_nodes(ablation.nodes, circuit, rng, match)) for _ in range(n)]
+    drawn = [frozenset(ablation.drawn_like(circuit, rng, match)) for _ in range(n)]
     distinct = list(dict.fromkeys(drawn))
-    ends = ablation.kept_values([ablation.nodes, (), circuit.nodes]).mean(1)
+    ends = ablation.kept_values([ablation.items, (), ablation.items_of(circuit)]).mean(1)
     scale = Scale(ends[:1], ends[1:2])
     means = torch.cat([part.mean(1) for part in _evaluated(ablation, distinct, progress)])
-    place = {nodes: i for i, nodes in enumerate(distinct)}
-    means = means[[place[nodes] for nodes in drawn]]
+    place = {kept: i for i, kept in enumerate(distinct)}
+    means = means[[place[kept] for kept in drawn]]
     recovered = float(100 * (ends[2] - ends[1]) / scale.width)
     points = 100 * (means - ends[1]) / scale.width
     return Baseline(recovered, points, 100 * ablation.share(means, ends[0]), match, len(distinct))
 
 
 def _evaluated(
-    ablation: Ablation, circuits: list[frozenset[Component]], progress: Callable[[int, int], None] | None
+    ablation: ItemAblation[Item], circuits: list[frozenset[Item]], progress: Callable[[int, int], None] | None
 ) -> list[Float[Tensor, "set prompt"]]:
     values = []
     for first in range(0, len(circuits), ROWS_AT_ONCE):

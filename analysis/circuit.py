@@ -106,6 +106,7 @@ class Circuit:
             model=self.model if self.model == other.model else "",
             task=task,
             method="set operation",
+            settings=_unjudged([self, other]),
         )
 
     def jaccard(self, other: Circuit, nodes: Literal["all", "heads", "features"] = "all") -> float:
@@ -119,10 +120,12 @@ class Circuit:
         return len(mine & theirs) / len(mine | theirs) if mine | theirs else 1.0
 
     def faithfulness(self, model: HookedTransformer, task: Task, **options: Any) -> float:
-        """What the circuit alone recovers of a task: `subcircuit.analysis.faithfulness.score`."""
+        """What the circuit alone recovers of a task: with edges, by these (`edge_ablation.edge_score`), else by its
+        nodes (`faithfulness.score`)."""
+        from subcircuit.analysis.edge_ablation import edge_score
         from subcircuit.analysis.faithfulness import score
 
-        return score(model, task, self, **options)
+        return (edge_score if self.edges else score)(model, task, self, **options)
 
     def __str__(self) -> str:
         heads = " ".join(f"{layer}.{head}" for layer, head in self.heads) or "none"
@@ -242,9 +245,17 @@ def _reduced(circuits: Sequence[Circuit], operation: Any, sign: str) -> Circuit:
         raise PatchError("no circuits to combine; expected at least one")
     nodes = operation(*(set(circuit.nodes) for circuit in circuits))
     edges = operation(*(set(circuit.edges) for circuit in circuits))
-    combined = Circuit.of_nodes(nodes, edges=tuple(sorted(edges)), method="set operation")
+    about = _unjudged(circuits)
+    combined = Circuit.of_nodes(nodes, edges=tuple(sorted(edges)), method="set operation", settings=about)
     models = {circuit.model for circuit in circuits}
     return replace(combined, model=models.pop() if len(models) == 1 else "", task=sign.join(c.task for c in circuits))
+
+
+def _unjudged(circuits: Sequence[Circuit]) -> dict[str, Any]:
+    """What the searches of edges left out, if all of the circuits say the same: then it holds of a combination too."""
+    said = [circuit.settings.get("edges") for circuit in circuits]
+    scopes = [how and {name: how[name] for name in ("from_input", "same_layer")} for how in said]
+    return {"edges": scopes[0]} if scopes[0] and all(scope == scopes[0] for scope in scopes) else {}
 
 
 def in_order(node: Component) -> tuple[int, int, int]:

@@ -13,24 +13,22 @@ The items may be nodes, edges or anything that can be kept or not; all points ar
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Hashable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from subcircuit.analysis.faithfulness import Ablation
+from subcircuit.analysis.ablation import Item, ItemAblation
 from subcircuit.analysis.statistics import Interval, percentile_interval, resampled_means
 from subcircuit.analysis.sweep import Scores
 from subcircuit.engine.errors import PatchError
 from subcircuit.engine.patching import Component
 
-Item = TypeVar("Item", bound=Hashable)
-
 Evaluate = Callable[[Sequence[Collection[Item]]], Float[Tensor, "set prompt"]]
-"""Metric of each prompt when only the items of each set are kept; `Ablation.kept_values` is one, for nodes."""
+"""Metric of each prompt when only the items of each set are kept; `ItemAblation.kept_values` is one."""
 
 SHARES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 """Sizes at which MIB evaluates a circuit, as shares of all items."""
@@ -105,14 +103,15 @@ def faithfulness_curve(
     return Curve(tuple(shares), tuple(sizes), recovered, cpr, cmd, float(full), float(nothing))
 
 
-def node_curve(ablation: Ablation, ranking: Sequence[Component], **options: float | Sequence[float]) -> Curve:
-    """The curve of a ranking of nodes, which must name all of the ablation's: `faithfulness_curve` says the rest.
+def ablation_curve(ablation: ItemAblation[Item], ranking: Sequence[Item], **options: float | Sequence[float]) -> Curve:
+    """The curve of a ranking of nodes (`node_ranking`) or of edges (of `EdgeScores`, by an `EdgeAblation`), which must
+    name all of the ablation's: `faithfulness_curve` says the rest.
 
-    Raises PatchError for a ranking that leaves out a node or has one that the model lacks.
+    Raises PatchError for a ranking that leaves out a node or edge, or has one that the model lacks.
     """
     missing = ablation.complement(set(ranking))
     if missing:
-        raise PatchError(f"the ranking leaves out {len(missing)} nodes, the first of them '{missing[0]}'")
+        raise PatchError(f"the ranking leaves out {len(missing)} of them, the first '{missing[0]}'")
     return faithfulness_curve(ablation.kept_values, ranking, **options)  # type: ignore[arg-type]
 
 

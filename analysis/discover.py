@@ -7,10 +7,10 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from subcircuit.analysis.acdc import acdc
 from subcircuit.analysis.circuit import Circuit
 from subcircuit.analysis.eap import EdgeMethod, edge_scores
 from subcircuit.analysis.edge_masks import edge_mask_circuit
-from subcircuit.analysis.edges import acdc
 from subcircuit.analysis.gates import Learning
 from subcircuit.analysis.masks import mask_circuit
 from subcircuit.analysis.pruning import prune_nodes
@@ -73,7 +73,7 @@ def discover(model: HookedTransformer, task: Task, method: str = "prune", **opti
     | --------------- | ----- | ------------------------------------------------ | ------------------------------ |
     | `prune`         | nodes | iterative pruning (Lan et al., arXiv 2311.04131) | `pruning.prune_nodes`          |
     | `masks`         | nodes | learned gates, then exact scores                 | `masks.mask_circuit`           |
-    | `acdc`          | edges | Conmy et al. 2023 (arXiv 2304.14997)             | `edges.acdc`                   |
+    | `acdc`          | edges | Conmy et al. 2023 (arXiv 2304.14997)             | `acdc.acdc`                    |
     | `eap`, `eap-ig` | edges | gradients (arXiv 2310.10348, 2403.17806)         | `discover.strongest_edges`     |
     | `edge-masks`    | edges | learned gates (arXiv 2406.16778), exact scores   | `edge_masks.edge_mask_circuit` |
 

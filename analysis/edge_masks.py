@@ -17,7 +17,7 @@ from torch import Tensor
 
 from subcircuit.analysis.circuit import Circuit
 from subcircuit.analysis.eap import connected
-from subcircuit.analysis.edges import EdgeAblation
+from subcircuit.analysis.edge_ablation import EdgeAblation
 from subcircuit.analysis.gates import Learning, Masks, learn_gates, near_enough, smallest_prefix
 from subcircuit.analysis.tasks import Task
 from subcircuit.engine.blocks import Block

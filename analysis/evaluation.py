@@ -23,9 +23,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from subcircuit.analysis.ablation import Item, ItemAblation
 from subcircuit.analysis.circuit import Circuit
-from subcircuit.analysis.curves import Evaluate, Item
-from subcircuit.analysis.faithfulness import Ablation
+from subcircuit.analysis.curves import Evaluate
 from subcircuit.analysis.statistics import (
     Interval,
     bootstrap_mean,
@@ -144,36 +144,37 @@ class Evaluation:
 
 
 def evaluate_circuit(
-    ablation: Ablation, circuit: Circuit, *, n_knockouts: int = 20, greedy: int = 0, seed: int = 0
+    ablation: ItemAblation[Item], circuit: Circuit, *, n_knockouts: int = 20, greedy: int = 0, seed: int = 0
 ) -> Evaluation:
-    """Faithfulness, completeness and minimality of a circuit of nodes on the ablation's task.
+    """Faithfulness, completeness and minimality of a circuit on the ablation's task: of its nodes, or by an
+    `EdgeAblation` of its edges.
 
-    `n_knockouts` random parts of the circuit are knocked out, and `greedy` more that grow by the node that makes the
-    circuit least like the model. The seed draws these, and the prompts of the intervals.
+    `n_knockouts` random parts of the circuit are knocked out, and `greedy` more that grow by the node or edge that
+    makes the circuit least like the model. The seed draws these, and the prompts of the intervals.
 
-    Raises PatchError for an empty circuit, a node that the model lacks, or when there is nothing to recover.
+    Raises PatchError for an empty circuit, a node or edge that the model lacks, or when there is nothing to recover.
     """
-    nodes, everything = circuit.nodes, ablation.nodes
-    if not nodes:
-        raise PatchError("a circuit without nodes cannot be evaluated; expected at least one")
-    rest = ablation.complement(set(nodes))
-    values = ablation.kept_values([everything, nodes, rest, ()])
+    items, everything = ablation.items_of(circuit), ablation.items
+    if not items:
+        raise PatchError("a circuit without nodes or edges to keep cannot be evaluated; expected at least one")
+    rest = ablation.complement(set(items))
+    values = ablation.kept_values([everything, items, rest, ()])
     scale = Scale(values[0], values[3], seed)
     means, drawn = values[:2].mean(1), resampled_means(values[:2], seed=seed)
     full, kept = ((means[i], drawn[i]) for i in (0, 1))
     score = percentile_interval(100 * ablation.share(kept[0], full[0]), 100 * ablation.share(kept[1], full[1]))
-    parts = random_parts(nodes, n_knockouts, seed)
+    parts = random_parts(items, n_knockouts, seed)
     if greedy:
-        parts += greedy_parts(ablation.kept_values, everything, nodes, greedy)
+        parts += greedy_parts(ablation.kept_values, everything, items, greedy)
     return Evaluation(
         metric=bootstrap_mean(values, seed=seed),
         values=values,
         score=score,
         recovered=scale.recovered(values[1]),
         destroyed=scale.points(values[0] - values[2]),
-        drops=drops(ablation.kept_values, nodes, scale),
-        items=tuple(map(str, nodes)),
-        completeness=completeness(ablation.kept_values, everything, nodes, parts, scale),
+        drops=drops(ablation.kept_values, items, scale),
+        items=tuple(map(_name, items)),
+        completeness=completeness(ablation.kept_values, everything, items, parts, scale),
         settings={**ablation.settings, "n_prompts": len(values[0]), "seed": seed},
     )
 
@@ -238,9 +239,9 @@ def _name(item: object) -> str:
 
 
 def circuits_scored(
-    ablation: Ablation, circuits: Mapping[str, Circuit], *, seed: int = 0
+    ablation: ItemAblation[Item], circuits: Mapping[str, Circuit], *, seed: int = 0
 ) -> dict[str, tuple[float, float, float]]:
     """Points that each circuit recovers on the ablation's task, with interval: unions, intersections, other tasks'."""
-    values = ablation.kept_values([ablation.nodes, (), *(circuit.nodes for circuit in circuits.values())])
+    values = ablation.kept_values([ablation.items, (), *(ablation.items_of(circuit) for circuit in circuits.values())])
     points = Scale(values[0], values[1], seed).recovered(values[2:])
     return {name: points.at(i) for i, name in enumerate(circuits)}

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
+import random
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 from subcircuit.analysis.ablation import ItemAblation
 from subcircuit.analysis.circuit import Circuit
-from subcircuit.analysis.nodes import candidate_nodes, check_nodes
+from subcircuit.analysis.nodes import candidate_nodes, check_nodes, random_nodes
 from subcircuit.analysis.tasks import Task
+from subcircuit.engine.errors import PatchError
 from subcircuit.engine.model import HookedTransformer
 from subcircuit.engine.patching import Component, DeltaSession, Effects, Patch, PatchSet, Site, Source, patch_effects
 from subcircuit.engine.patching.metric import Metric
@@ -67,6 +69,14 @@ class Ablation(ItemAblation[Component]):
         other = copy.copy(self)
         other._positions = positions
         return other
+
+    def items_of(self, circuit: Circuit) -> list[Component]:
+        return circuit.nodes
+
+    def drawn_like(self, circuit: Circuit, rng: random.Random, match: str) -> set[Component]:
+        if match not in ("size", "layers"):
+            raise PatchError(f"random circuits matched by {match!r} are of edges; expected 'size' or 'layers' of nodes")
+        return random_nodes(self.nodes, circuit, rng, match)
 
     def _prepare(self) -> None:
         self._session: DeltaSession | None = None

@@ -15,7 +15,7 @@ from subcircuit.analysis.attribution import attribution
 from subcircuit.analysis.baselines import random_baseline
 from subcircuit.analysis.circuit import Circuit, intersection
 from subcircuit.analysis.circuit_figure import circuit_figure
-from subcircuit.analysis.curves import node_curve, node_ranking
+from subcircuit.analysis.curves import ablation_curve, node_ranking
 from subcircuit.analysis.drawing import words
 from subcircuit.analysis.edges import prune_edges
 from subcircuit.analysis.evaluation import evaluate_circuit
@@ -103,7 +103,7 @@ def faithfulness_stage(subject: Subject, progress: Progress) -> Section:
     ablation = Ablation(subject.model, subject.task, **options)
     found = evaluate_circuit(ablation, subject.circuit, n_knockouts=N_KNOCKOUTS, seed=subject.seed)
     progress(1, 3)
-    curve = node_curve(ablation, node_ranking(subject.scores), seed=subject.seed)
+    curve = ablation_curve(ablation, node_ranking(subject.scores), seed=subject.seed)
     progress(2, 3)
     baseline = random_baseline(ablation, subject.circuit, subject.n_random, match="layers", seed=subject.seed)
     progress(3, 3)

@@ -20,26 +20,20 @@ from typing import TYPE_CHECKING, Any
 from subcircuit.engine import errors
 
 if TYPE_CHECKING:
+    from subcircuit.analysis.acdc import acdc
     from subcircuit.analysis.attribution import Attribution, attribution
     from subcircuit.analysis.baselines import Baseline, cell_q_values, random_baseline
     from subcircuit.analysis.check import Check, check_effects
     from subcircuit.analysis.circuit import Circuit, TraceStep, intersection, union
     from subcircuit.analysis.compare import Comparison, compare_circuits, cross_task_scores, jaccard_matrix
-    from subcircuit.analysis.curves import Curve, faithfulness_curve, node_curve, node_ranking
+    from subcircuit.analysis.curves import Curve, ablation_curve, faithfulness_curve, node_ranking
     from subcircuit.analysis.depth import DepthAlignment, align_depths
     from subcircuit.analysis.dictionary_training import TrainingSettings, dictionary_quality, train_dictionary
     from subcircuit.analysis.discover import discover
     from subcircuit.analysis.durable import durable_sweep
     from subcircuit.analysis.eap import EdgeScores, edge_scores
-    from subcircuit.analysis.edges import (
-        EdgeAblation,
-        EdgeEffects,
-        acdc,
-        edge_score,
-        edges_between,
-        prune_edges,
-        verify_edges,
-    )
+    from subcircuit.analysis.edge_ablation import EdgeAblation, edge_score
+    from subcircuit.analysis.edges import EdgeEffects, edges_between, prune_edges, verify_edges
     from subcircuit.analysis.evaluation import Evaluation, circuits_scored, evaluate_circuit
     from subcircuit.analysis.faithfulness import Ablation, node_drops, score
     from subcircuit.analysis.features import feature_scores, firing_tokens
@@ -75,6 +69,7 @@ if TYPE_CHECKING:
     from subcircuit.weights.names import known_models, load
 
 _HOMES = {
+    "analysis.acdc": ("acdc",),
     "analysis.attribution": (
         "Attribution",
         "attribution",
@@ -103,7 +98,7 @@ _HOMES = {
     "analysis.curves": (
         "Curve",
         "faithfulness_curve",
-        "node_curve",
+        "ablation_curve",
         "node_ranking",
     ),
     "analysis.depth": (
@@ -121,11 +116,9 @@ _HOMES = {
         "EdgeScores",
         "edge_scores",
     ),
+    "analysis.edge_ablation": ("EdgeAblation", "edge_score"),
     "analysis.edges": (
-        "EdgeAblation",
         "EdgeEffects",
-        "acdc",
-        "edge_score",
         "edges_between",
         "prune_edges",
         "verify_edges",
@@ -284,6 +277,7 @@ __all__ = [
     "Transfer",
     "Truth",
     "__version__",
+    "ablation_curve",
     "acdc",
     "align_depths",
     "attribution",
@@ -317,7 +311,6 @@ __all__ = [
     "load_dictionary",
     "mask_circuit",
     "mean_difference",
-    "node_curve",
     "node_drops",
     "node_ranking",
     "overlap",

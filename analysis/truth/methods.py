@@ -12,8 +12,9 @@ from typing import Any
 
 from subcircuit.analysis.discover import discover
 from subcircuit.analysis.eap import EdgeMethod, edge_scores
+from subcircuit.analysis.edge_ablation import EdgeAblation
 from subcircuit.analysis.edge_masks import circuit_of_edge_masks, learn_edge_masks
-from subcircuit.analysis.edges import EdgeAblation, prune_edges, verify_edges
+from subcircuit.analysis.edges import prune_edges, verify_edges
 from subcircuit.analysis.faithfulness import Ablation
 from subcircuit.analysis.gradients import Method as GradientMethod
 from subcircuit.analysis.gradients import gradient_scores

@@ -61,7 +61,7 @@ def faithfulness(
 ) -> None:
     """Judge how faithful, complete and minimal a circuit is. Beside random circuits, with CPR and CMD."""
     from subcircuit.analysis.baselines import random_baseline
-    from subcircuit.analysis.curves import node_curve, node_ranking
+    from subcircuit.analysis.curves import ablation_curve, node_ranking
     from subcircuit.analysis.evaluation import evaluate_circuit
     from subcircuit.engine.threads import suitable_threads
 
@@ -76,7 +76,7 @@ def faithfulness(
             circuit = sc.discover(loaded, prompts, progress=lambda done, total: progress("pruning", done, total))
         found = evaluate_circuit(ablation, circuit, n_knockouts=n_knockouts, greedy=greedy, seed=seed)
         scores = sc.sweep(loaded, prompts, ablation.nodes, source=source, metric=metric.value)
-        curve = node_curve(ablation, node_ranking(scores), seed=seed)
+        curve = ablation_curve(ablation, node_ranking(scores), seed=seed)
         baseline = None
         if n_random:
             baseline = random_baseline(

@@ -9,7 +9,7 @@ import torch
 
 from circuit_cases import reference_ablation
 from patching_cases import CONFIGS, random_model, task_for
-from subcircuit.analysis.curves import SHARES, faithfulness_curve, node_curve, node_ranking, sized
+from subcircuit.analysis.curves import SHARES, ablation_curve, faithfulness_curve, node_ranking, sized
 from subcircuit.analysis.faithfulness import Ablation
 from subcircuit.analysis.nodes import all_nodes
 from subcircuit.analysis.sweep import sweep
@@ -64,7 +64,7 @@ def test_all_points_in_one_batch_are_those_of_one_forward_each(name, metric):
     random.Random(SEED).shuffle(ranking)
     slow = reference_ablation(model, task, metric=metric)
     fast = Ablation(model, task, metric=metric, precision="fp64")
-    curve = node_curve(fast, ranking, shares=(0.1, 0.2, 0.5, 1.0), n_resamples=50)
+    curve = ablation_curve(fast, ranking, shares=(0.1, 0.2, 0.5, 1.0), n_resamples=50)
     full, nothing = float(slow.clean.mean()), float(slow.kept_values([[]]).mean())
     expected = []
     for size in (1, 3, 7, 15):
@@ -99,5 +99,5 @@ def test_what_is_no_ranking_is_refused():
     with pytest.raises(PatchError, match="give the same metric, 3"):
         faithfulness_curve(additive({"a": 1, "b": -1}), ["a", "b"])
     model = random_model(CONFIGS["gpt2"], SEED)
-    with pytest.raises(PatchError, match="the ranking leaves out 14 nodes, the first of them 'a0.h1'"):
-        node_curve(Ablation(model, task_for(model, SEED)), all_nodes(model.config)[:1])
+    with pytest.raises(PatchError, match="the ranking leaves out 14 of them, the first 'a0.h1'"):
+        ablation_curve(Ablation(model, task_for(model, SEED)), all_nodes(model.config)[:1])

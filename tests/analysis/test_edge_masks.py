@@ -11,8 +11,8 @@ import subcircuit as sc
 from patching_cases import CONFIGS, random_model, relative_error, task_for
 from subcircuit.analysis.discover import discover
 from subcircuit.analysis.eap import connected
+from subcircuit.analysis.edge_ablation import EdgeAblation, edge_score
 from subcircuit.analysis.edge_masks import circuit_of_edge_masks, gated_edges, learn_edge_masks
-from subcircuit.analysis.edges import EdgeAblation, edge_score
 from subcircuit.analysis.gates import Masks, near_enough, smallest_prefix
 from subcircuit.analysis.truth import truth, truth_report
 from subcircuit.engine.errors import PatchError

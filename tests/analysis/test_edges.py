@@ -9,9 +9,11 @@ import pytest
 import torch
 
 from patching_cases import CONFIGS, random_model, relative_error, task_for
+from subcircuit.analysis.acdc import acdc
 from subcircuit.analysis.circuit import Circuit
 from subcircuit.analysis.discover import discover
-from subcircuit.analysis.edges import EdgeAblation, acdc, edge_score, edges_between, prune_edges, verify_edges
+from subcircuit.analysis.edge_ablation import EdgeAblation, edge_score
+from subcircuit.analysis.edges import edges_between, prune_edges, verify_edges
 from subcircuit.analysis.faithfulness import score
 from subcircuit.engine.errors import PatchError, TaskError
 from subcircuit.engine.patching.edges import EdgeSet, edge_effects, path_effects

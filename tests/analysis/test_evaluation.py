@@ -173,7 +173,7 @@ def test_cells_are_called_by_their_q_values(case):
 
 def test_nothing_to_evaluate_is_an_error(case):
     model, task, _ = case
-    with pytest.raises(PatchError, match="a circuit without nodes cannot be evaluated"):
+    with pytest.raises(PatchError, match="a circuit without nodes or edges"):
         evaluate_circuit(Ablation(model, task), Circuit([], []))
     with pytest.raises(PatchError, match="'a9.h0' does not exist"):
         evaluate_circuit(Ablation(model, task), Circuit([(9, 0)], []))

@@ -13,7 +13,7 @@ from patching_cases import CONFIGS, random_model, task_for
 from subcircuit.analysis.baselines import random_baseline
 from subcircuit.analysis.circuit import Circuit
 from subcircuit.analysis.compare import compare_circuits, cross_task_scores, jaccard_matrix
-from subcircuit.analysis.curves import node_curve, node_ranking
+from subcircuit.analysis.curves import ablation_curve, node_ranking
 from subcircuit.analysis.discover import discover
 from subcircuit.analysis.edges import prune_edges
 from subcircuit.analysis.evaluation import evaluate_circuit
@@ -179,7 +179,7 @@ def test_drops_evaluation_and_curve_are_those_of_plain_hooks(make):
     assert found.score.at()[0] == pytest.approx(whole)
     assert found.destroyed.at()[0] == pytest.approx(100 * (full - case.metric(kept)) / (full - nothing))
     ranking = node_ranking(sweep(case.model, case.task, ablation.nodes, source="mean", precision="fp64"))
-    curve = node_curve(ablation, ranking, shares=(0.0, 0.5, 1.0))
+    curve = ablation_curve(ablation, ranking, shares=(0.0, 0.5, 1.0))
     half = case.metric([str(node) for node in ranking[len(ranking) // 2 :]])
     assert curve.recovered.at(1)[0] == pytest.approx((half - nothing) / (full - nothing))
 
