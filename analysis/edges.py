@@ -131,10 +131,10 @@ def prune_edges(
     dropped with that.
 
     The circuit comes back with its edges, and for each the points of score that its patch costs (`edge_scores`);
-    `settings["edges"]` says how they were found, and the circuit's score when all other candidates are removed
-    together. Only with `from_input` and `same_layer` are the candidates all edges of the circuit, so that `edge_score`
-    can score what is kept of them. The corrupted values of all prompts are held in memory meanwhile, 8 · n_layers ·
-    d_model bytes per token.
+    `settings["edges"]` says how they were found, the score of the circuit's nodes on these prompts, and that of the
+    circuit when all other candidates are removed together. Only with `from_input` and `same_layer` are the candidates
+    all edges of the circuit; what is no candidate stays when others are removed (`edges_kept`). The corrupted values of
+    all prompts are held in memory meanwhile, 8 · n_layers · d_model bytes per token.
 
     Raises PatchError for an unknown option, a circuit with features or a node that the model lacks, or a task without
     corrupted prompts, TaskError when the full model (or the circuit) does not prefer the answers.
@@ -175,6 +175,7 @@ def prune_edges(
         "same_layer": same_layer,
         "source": source_name(source),
         "n_candidates": len(candidates),
+        "score_of_nodes": alone,
         "score": score_without(edge for edge in candidates if edge not in set(kept)),
     }
     costs = {edge: alone - scores[edge] for edge in kept}

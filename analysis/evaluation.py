@@ -111,7 +111,7 @@ class Evaluation:
     drops: Interval
     """Points lost without each item of the circuit."""
     items: tuple[str, ...]
-    """Names of the circuit's items, in the order of `drops`."""
+    """Names of the items whose loss is measured, in the order of `drops`."""
     completeness: Completeness
     settings: dict[str, Any]
 
@@ -144,19 +144,27 @@ class Evaluation:
 
 
 def evaluate_circuit(
-    ablation: ItemAblation[Item], circuit: Circuit, *, n_knockouts: int = 20, greedy: int = 0, seed: int = 0
+    ablation: ItemAblation[Item],
+    circuit: Circuit,
+    *,
+    n_knockouts: int = 20,
+    greedy: int = 0,
+    asked: Sequence[Item] | None = None,
+    seed: int = 0,
 ) -> Evaluation:
     """Faithfulness, completeness and minimality of a circuit on the ablation's task: of its nodes, or by an
     `EdgeAblation` of its edges.
 
     `n_knockouts` random parts of the circuit are knocked out, and `greedy` more that grow by the node or edge that
-    makes the circuit least like the model. The seed draws these, and the prompts of the intervals.
+    makes the circuit least like the model. `asked` are the items whose drops are measured, all of the circuit's unless
+    given. The seed draws the knock-outs, and the prompts of the intervals.
 
     Raises PatchError for an empty circuit, a node or edge that the model lacks, or when there is nothing to recover.
     """
     items, everything = ablation.items_of(circuit), ablation.items
     if not items:
         raise PatchError("a circuit without nodes or edges to keep cannot be evaluated; expected at least one")
+    asked = items if asked is None else asked
     rest = ablation.complement(set(items))
     values = ablation.kept_values([everything, items, rest, ()])
     scale = Scale(values[0], values[3], seed)
@@ -172,16 +180,19 @@ def evaluate_circuit(
         score=score,
         recovered=scale.recovered(values[1]),
         destroyed=scale.points(values[0] - values[2]),
-        drops=drops(ablation.kept_values, items, scale),
-        items=tuple(map(_name, items)),
+        drops=drops(ablation.kept_values, items, scale, asked),
+        items=tuple(map(_name, asked)),
         completeness=completeness(ablation.kept_values, everything, items, parts, scale),
         settings={**ablation.settings, "n_prompts": len(values[0]), "seed": seed},
     )
 
 
-def drops(evaluate: Evaluate[Item], circuit: Sequence[Item], scale: Scale) -> Interval:
-    """Points that a circuit loses without each of its items, nodes or edges."""
-    whole, *without = evaluate([circuit, *(leave_out(circuit, {item}) for item in circuit)])
+def drops(
+    evaluate: Evaluate[Item], circuit: Sequence[Item], scale: Scale, asked: Sequence[Item] | None = None
+) -> Interval:
+    """Points that a circuit loses without each of its items, nodes or edges, or of those asked for."""
+    asked = circuit if asked is None else asked
+    whole, *without = evaluate([circuit, *(leave_out(circuit, {item}) for item in asked)])
     return scale.points(whole - torch.stack(without))
 
 

@@ -7,35 +7,28 @@ figures for people. Everything it draws at random follows from the study's seed.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from subcircuit.analysis import head_figures, lens_figures
 from subcircuit.analysis.attribution import attribution
 from subcircuit.analysis.baselines import random_baseline
 from subcircuit.analysis.circuit import Circuit, intersection
-from subcircuit.analysis.circuit_figure import circuit_figure
 from subcircuit.analysis.curves import ablation_curve, node_ranking
 from subcircuit.analysis.drawing import words
-from subcircuit.analysis.edges import prune_edges
+from subcircuit.analysis.edge_stages import edge_faithfulness_stage, edges_stage
 from subcircuit.analysis.evaluation import evaluate_circuit
 from subcircuit.analysis.faithfulness import Ablation
 from subcircuit.analysis.figures import curve_figure, matrix_figure
 from subcircuit.analysis.head_profile import head_profiles
 from subcircuit.analysis.heads import head_roles
+from subcircuit.analysis.judgement import judgement
 from subcircuit.analysis.lens import lens
-from subcircuit.analysis.measures import Measure
+from subcircuit.analysis.sections import Cell, Progress, Section, Subject, Table
 from subcircuit.analysis.sensitivity import CHOICES, CONCLUSIONS, Outcome, Sensitivity, sensitivity
-from subcircuit.analysis.sweep import Scores
-from subcircuit.analysis.tasks import Task
 from subcircuit.analysis.transfer import transfer
 from subcircuit.analysis.transfer_figures import transfer_figure
 from subcircuit.engine.model import HookedTransformer
-from subcircuit.engine.patching.options import Executor, Precision
 from subcircuit.engine.threads import is_small
-
-Progress = Callable[[int, int], None]
-Cell = str | float | int | None
 
 N_ROWS = 25
 """Rows of a table that the report shows of what is in the stage's values as a whole."""
@@ -50,53 +43,6 @@ N_TRANSFER_PROMPTS = 8
 N_TRANSFER_RANDOM = 10
 
 
-@dataclass(frozen=True)
-class Table:
-    """A table of the report; numbers are shown with `digits` decimals."""
-
-    caption: str
-    columns: tuple[str, ...]
-    rows: list[list[Cell]]
-    digits: int = 2
-
-
-@dataclass(frozen=True)
-class Section:
-    """What a stage found."""
-
-    title: str
-    sentences: tuple[str, ...]
-    tables: tuple[Table, ...] = ()
-    figures: Mapping[str, str] = field(default_factory=dict)
-    """SVG texts by name."""
-    data: Mapping[str, Any] = field(default_factory=dict)
-    """Everything, as plain values for JSON."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON, the figures by name alone."""
-        tables = [asdict(table) for table in self.tables]
-        shown = {"title": self.title, "sentences": list(self.sentences), "tables": tables}
-        return {**shown, "figures": list(self.figures), "data": dict(self.data)}
-
-
-@dataclass(frozen=True)
-class Subject:
-    """What a study knows of one task when its circuit is found."""
-
-    model: HookedTransformer
-    task: Task
-    scores: Scores
-    circuit: Circuit
-    seed: int
-    precision: Precision
-    executor: Executor
-    n_random: int
-    n_edge_prompts: int
-    n_sensitivity_prompts: int
-    repeated: Callable[[], Mapping[str, Measure]]
-    """`heads.repeated_measures` of the model, the same for all tasks."""
-
-
 def faithfulness_stage(subject: Subject, progress: Progress) -> Section:
     """What the circuit recovers and what its absence destroys, completeness, minimality, chance, CPR and CMD."""
     options: dict[str, Any] = {"executor": subject.executor, "precision": subject.precision}
@@ -107,74 +53,9 @@ def faithfulness_stage(subject: Subject, progress: Progress) -> Section:
     progress(2, 3)
     baseline = random_baseline(ablation, subject.circuit, subject.n_random, match="layers", seed=subject.seed)
     progress(3, 3)
-    parts = {"recovered by the circuit": found.recovered, "destroyed without it": found.destroyed, "score": found.score}
-    intervals = {name: interval.at() for name, interval in parts.items()}
-    incomplete = found.completeness.incomplete
-    sentences = [
-        f"Minimal in {len(found.minimal())} of {len(found.items)} nodes: the 95 % interval of what their loss costs "
-        "lies above 0.",
-        f"Of {len(baseline.random)} random circuits with as many heads in each layer, the best recovers "
-        f"{baseline.most:.0f} points (p = {baseline.p:.2g}).",
-    ]
-    if len(incomplete):
-        sentences.append(
-            f"Complete up to {float(incomplete.mean()):.0f} points on average, {float(incomplete.max()):.0f} at most, "
-            f"over {len(incomplete)} random parts knocked out of the circuit and of the model alike."
-        )
-    areas = {"CPR": curve.cpr.at(), "CMD": curve.cmd.at()}
-    drops = sorted(((found.drops.at(i), name) for i, name in enumerate(found.items)), reverse=True)
-    tables = (
-        Table(
-            "Points of the metric between nothing kept and the full model, with 95 % intervals over prompts.",
-            ("", "mean", "low", "high"),
-            [[name, *interval] for name, interval in intervals.items()],
-            digits=1,
-        ),
-        Table(
-            "Areas under the recovered share of the most important nodes (CPR) and under its distance from 1 (CMD).",
-            ("", "mean", "low", "high"),
-            [[name, *interval] for name, interval in areas.items()],
-            digits=3,
-        ),
-        Table(
-            "Points lost without each node, with 95 % intervals.",
-            ("node", "mean", "low", "high"),
-            [[name, *interval] for interval, name in drops],
-            digits=1,
-        ),
-    )
+    sentences, tables, data = judgement(found, baseline, curve, "node", "nodes")
     figure = curve_figure({words(subject.task.name): curve}, "Recovered by the most important nodes")
-    data = {**found.to_dict(), "curve": curve.to_dict(), "random": baseline.to_dict()}
-    return Section("Faithfulness", tuple(sentences), tables, {"curve": figure}, data)
-
-
-def edges_stage(subject: Subject, progress: Progress) -> Section:
-    """The edges of the circuit that path patching keeps, on the first `n_edge_prompts` prompts."""
-    n = min(subject.task.n, subject.n_edge_prompts)
-    found = prune_edges(
-        subject.model,
-        subject.task.subset(range(n)),
-        subject.circuit,
-        executor=subject.executor,
-        precision=subject.precision,
-        progress=progress,
-    )
-    how = found.settings["edges"]
-    strongest = sorted(found.edge_scores.items(), key=lambda item: -abs(item[1]))
-    sentences = (
-        f"{len(found.edges)} of {how['n_candidates']} edges between the circuit's nodes matter: patched alone, each "
-        f"leaves less than {100 * how['threshold']:.0f} % of the logit difference ({n} prompts).",
-        f"Without the others the circuit scores {how['score']:.0f}.",
-    )
-    table = Table(
-        "The edges that cost most when patched.",
-        ("from", "to", "points"),
-        [[sender, receiver, points] for (sender, receiver), points in strongest[:N_ROWS]],
-        digits=1,
-    )
-    title = f"{words(subject.task.name)}: edges of the circuit"
-    figure = circuit_figure(found, title, subject.model.config.group_size)
-    return Section("Edges", sentences, (table,), {"circuit": figure}, {"circuit": found.to_dict(), "n_prompts": n})
+    return Section("Faithfulness", sentences, tables, {"curve": figure}, data)
 
 
 def roles_stage(subject: Subject, progress: Progress) -> Section:
@@ -333,6 +214,7 @@ TASK_STAGES: dict[str, Callable[[Subject, Progress], Section]] = {
     "faithfulness": faithfulness_stage,
     "sensitivity": sensitivity_stage,
     "edges": edges_stage,
+    "edge-faithfulness": edge_faithfulness_stage,
     "roles": roles_stage,
     "lens": lens_stage,
 }

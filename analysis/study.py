@@ -30,7 +30,8 @@ from subcircuit.analysis.records import (
     write_scores,
 )
 from subcircuit.analysis.report import write_report
-from subcircuit.analysis.stages import STAGES, TASK_STAGES, Section, Subject, transfer_stage
+from subcircuit.analysis.sections import Section, Subject
+from subcircuit.analysis.stages import STAGES, TASK_STAGES, transfer_stage
 from subcircuit.analysis.store import RunDirectory
 from subcircuit.analysis.sweep import Scores, sweep
 from subcircuit.analysis.tasks import Task, task_names
@@ -342,7 +343,12 @@ class _ModelStudy:
         for stage, ask in TASK_STAGES.items():
             if stage in settings.stages and not self.directory.has(f"results/{self.slug}.{name}.{stage}.json"):
                 with self._stage(f"{name}, {stage}") as step:
-                    self._write_section(f"{self.slug}.{name}.{stage}", ask(subject, step))
+                    section = ask(subject, step)
+                    if section.circuit is not None:
+                        subject = replace(subject, circuit=section.circuit)
+                        self.circuits[name] = section.circuit
+                        self.directory.write_json(f"circuits/{self.slug}.{name}.json", section.circuit.to_dict())
+                    self._write_section(f"{self.slug}.{name}.{stage}", section)
 
     @cached_property
     def _repeated(self) -> dict[str, Measure]:
