@@ -6,7 +6,7 @@ figures for people. Everything it draws at random follows from the study's seed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -338,6 +338,14 @@ TASK_STAGES: dict[str, Callable[[Subject, Progress], Section]] = {
 }
 STAGES = (*TASK_STAGES, "transfer")
 """All that can be asked for, in the order in which they are run; transfer is one for all tasks."""
+NEEDS_NO_NODES = ("lens",)
+
+
+def stages_for(circuit: Circuit, stages: Collection[str]) -> list[str]:
+    """Those of the stages that can be asked of this circuit, in the order in which they are run: of one without nodes
+    only what does not look at it."""
+    possible = TASK_STAGES if circuit.nodes else NEEDS_NO_NODES
+    return [stage for stage in possible if stage in stages]
 
 
 def transfer_stage(

@@ -11,7 +11,7 @@ from typing import Any, get_args
 from subcircuit.analysis.baselines import random_baseline
 from subcircuit.analysis.circuit import Circuit, intersection, union
 from subcircuit.analysis.compare import cross_task_scores, jaccard_matrix
-from subcircuit.analysis.discover import discover
+from subcircuit.analysis.discover import discover, why_empty
 from subcircuit.analysis.faithfulness import Ablation, node_drops
 from subcircuit.analysis.heads import repeated_measures
 from subcircuit.analysis.measures import Measure
@@ -30,7 +30,7 @@ from subcircuit.analysis.records import (
     write_scores,
 )
 from subcircuit.analysis.report import write_report
-from subcircuit.analysis.stages import STAGES, TASK_STAGES, Section, Subject, transfer_stage
+from subcircuit.analysis.stages import STAGES, TASK_STAGES, Section, Subject, stages_for, transfer_stage
 from subcircuit.analysis.store import RunDirectory
 from subcircuit.analysis.sweep import Scores, sweep
 from subcircuit.analysis.tasks import Task, task_names
@@ -92,7 +92,8 @@ def study(
 
     Each stage's result is written whole when it is done; with `resume` it is not computed again. A task that does not
     fit a model's tokenizer, or that the model does not do (it does not prefer the answers), is left out with a note in
-    run.json. Every model is loaded and its tasks are built before the first long stage, so that what is wrong with the
+    run.json; so is what cannot be asked of a circuit without nodes, which is what pruning leaves of a task that needs
+    none. Every model is loaded and its tasks are built before the first long stage, so that what is wrong with the
     last of several models is said at once.
 
     Raises TaskError for an unknown task, or when none is left for a model; WeightsError for an unknown model;
@@ -193,12 +194,15 @@ def _is_finished(directory: RunDirectory, slug: str, stages: Sequence[str]) -> b
     file = f"results/{slug}.compare.json"
     if not directory.has(file) or slug not in [model["slug"] for model in directory.run["models"]]:
         return False
-    names = ["scores/{}.{}.safetensors", "circuits/{}.{}.json", "results/{}.{}.json"]
-    names += [f"results/{{}}.{{}}.{stage}.json" for stage in stages if stage in TASK_STAGES]
-    tasks = directory.read_json(file)["tasks"]
-    if "transfer" in stages and not directory.has(f"results/{slug}.transfer.json"):
+    tasks, circuits = directory.read_json(file)["tasks"], circuits_of(directory, slug)
+    if not set(tasks) <= set(circuits):
         return False
-    return all(directory.has(name.format(slug, task)) for name in names for task in tasks)
+    names = ["scores/{}.{}.safetensors", "results/{}.{}.json"]
+    files = [name.format(slug, task) for name in names for task in tasks]
+    files += [f"results/{slug}.{task}.{stage}.json" for task in tasks for stage in stages_for(circuits[task], stages)]
+    if "transfer" in stages and any(circuit.heads for circuit in circuits.values()):
+        files.append(f"results/{slug}.transfer.json")
+    return all(map(directory.has, files))
 
 
 @dataclass
@@ -282,7 +286,7 @@ class _ModelStudy:
                 reasons.append(f"{self.name}: {error}")
         if not self.tasks:
             raise TaskError(reasons[0])
-        self.directory.update_run(notes=list(dict.fromkeys([*reasons, *self.directory.run["notes"]])))
+        self._note(reasons)
 
     def _clean_run(self, task: Task) -> dict[str, Any]:
         """What the unpatched model makes of a task. Raises TaskError when it does not prefer the answers."""
@@ -339,10 +343,19 @@ class _ModelStudy:
             self._n_sensitivity_prompts,
             lambda: self._repeated,
         )
-        for stage, ask in TASK_STAGES.items():
-            if stage in settings.stages and not self.directory.has(f"results/{self.slug}.{name}.{stage}.json"):
+        asked = stages_for(subject.circuit, settings.stages)
+        for stage in asked:
+            if not self.directory.has(f"results/{self.slug}.{name}.{stage}.json"):
                 with self._stage(f"{name}, {stage}") as step:
-                    self._write_section(f"{self.slug}.{name}.{stage}", ask(subject, step))
+                    self._write_section(f"{self.slug}.{name}.{stage}", TASK_STAGES[stage](subject, step))
+        if not subject.circuit.nodes:
+            left_out = [stage for stage in TASK_STAGES if stage in settings.stages and stage not in asked]
+            without = f" Left out: {', '.join(left_out)}." if left_out else ""
+            self._note([f"{self.name}: the circuit of {name} is empty: {why_empty(subject.circuit)}.{without}"])
+
+    def _note(self, notes: Sequence[str]) -> None:
+        """Add to what run.json says beside the results, once each."""
+        self.directory.update_run(notes=list(dict.fromkeys([*notes, *self.directory.run["notes"]])))
 
     @cached_property
     def _repeated(self) -> dict[str, Measure]:
@@ -435,7 +448,10 @@ class _ModelStudy:
     def _results(self, file: str, name: str, task: Task, scores: Scores, circuit: Circuit, ablation: Ablation) -> None:
         with self._stage(f"{name}, drops and random circuits") as step:
             drops = node_drops(ablation, circuit)
-            baseline = random_baseline(ablation, circuit, self._n_random, seed=self.settings.seed, progress=step)
+            random_scores: list[float] = []
+            if circuit.nodes:  # those without are all the same one
+                baseline = random_baseline(ablation, circuit, self._n_random, seed=self.settings.seed, progress=step)
+                random_scores = baseline.scores.tolist()
         self.directory.write_json(
             file,
             {
@@ -448,7 +464,7 @@ class _ModelStudy:
                 "mlps": scores.mlps().tolist(),
                 "clean_mean": float(scores.clean_metric.mean()),
                 "drops": drops,
-                "random_scores": baseline.scores.tolist(),
+                "random_scores": random_scores,
             },
         )
 
