@@ -6,7 +6,7 @@ figures for people. Everything it draws at random follows from the study's seed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -28,7 +28,7 @@ from subcircuit.analysis.measures import Measure
 from subcircuit.analysis.sensitivity import CHOICES, CONCLUSIONS, Outcome, Sensitivity, sensitivity
 from subcircuit.analysis.sweep import Scores
 from subcircuit.analysis.tasks import Task
-from subcircuit.analysis.transfer import transfer
+from subcircuit.analysis.transfer import prompts_of_kind, transfer
 from subcircuit.analysis.transfer_figures import transfer_figure
 from subcircuit.engine.model import HookedTransformer
 from subcircuit.engine.patching.options import Executor, Precision
@@ -341,25 +341,38 @@ STAGES = (*TASK_STAGES, "transfer")
 NEEDS_NO_NODES = ("lens",)
 
 
-def stages_for(circuit: Circuit, stages: Collection[str]) -> list[str]:
-    """Those of the stages that can be asked of this circuit, in the order in which they are run: of one without nodes
-    only what does not look at it."""
-    possible = TASK_STAGES if circuit.nodes else NEEDS_NO_NODES
-    return [stage for stage in possible if stage in stages]
+def why_not(stage: str, circuit: Circuit, task: Task) -> str | None:
+    """Why a stage cannot be asked of this circuit on this task; None where it can."""
+    if not circuit.nodes and stage not in NEEDS_NO_NODES:
+        return "the circuit is empty"
+    if stage == "edges" and task.corrupted is None:
+        return "paths are patched with corrupted prompts, which the task lacks"
+    return None
+
+
+def left_out(stage: str, reason: str) -> Section:
+    """The section of a stage that cannot be asked."""
+    return Section(words(stage).capitalize(), (f"Left out: {reason}.",))
 
 
 def transfer_stage(
-    model: HookedTransformer, circuits: Mapping[str, Circuit], seed: int, progress: Callable[[str, int, int], None]
+    model: HookedTransformer,
+    circuits: Mapping[str, Circuit],
+    given: Mapping[str, str],
+    seed: int,
+    progress: Callable[[str, int, int], None],
 ) -> Section:
-    """What becomes of other prompts without the circuits' heads, and without those that all circuits share."""
+    """What becomes of other prompts without the circuits' heads, and without those that all circuits share.
+
+    `circuits` are by task; `given` says what each was given as, its name or file.
+    """
     named = {name: circuit for name, circuit in circuits.items() if circuit.heads}
     shared = intersection(list(named.values())) if len(named) > 1 else None
     if shared is not None and shared.heads:
         named["shared"] = shared
-    kinds = (*circuits, *_TRANSFER_KINDS)
-    found = transfer(
-        model, named, kinds, n=N_TRANSFER_PROMPTS, n_random=N_TRANSFER_RANDOM, seed=seed, progress=progress
-    )
+    asked_for = {name: given[name] for name in circuits} | {kind: kind for kind in _TRANSFER_KINDS}
+    kinds = {name: prompts_of_kind(model, kind, N_TRANSFER_PROMPTS, seed) for name, kind in asked_for.items()}
+    found = transfer(model, named, kinds, n_random=N_TRANSFER_RANDOM, seed=seed, progress=progress)
     rows = found.table()
     asked = [row for row in rows if row["n_answered"]]
     silent = sorted({row["kind"] for row in rows if not row["n_answered"]})

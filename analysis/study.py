@@ -25,15 +25,16 @@ from subcircuit.analysis.records import (
     peak_memory_bytes,
     read_scores,
     slugs_of,
+    slugs_of_tasks,
     timed,
     versions,
     write_scores,
 )
 from subcircuit.analysis.report import write_report
-from subcircuit.analysis.stages import STAGES, TASK_STAGES, Section, Subject, stages_for, transfer_stage
+from subcircuit.analysis.stages import STAGES, TASK_STAGES, Section, Subject, left_out, transfer_stage, why_not
 from subcircuit.analysis.store import RunDirectory
 from subcircuit.analysis.sweep import Scores, sweep
-from subcircuit.analysis.tasks import Task, task_names
+from subcircuit.analysis.tasks import Task, check_known, file_fingerprint, is_file_name
 from subcircuit.analysis.tasks import task as build_task
 from subcircuit.engine.errors import PatchError, StoreError, TaskError
 from subcircuit.engine.model import HookedTransformer
@@ -103,22 +104,18 @@ def study(
     if resume and overwrite:
         raise StoreError("resume and overwrite contradict each other; expected one of them")
     settings = replace(
-        settings, models=tuple(dict.fromkeys(settings.models)), tasks=tuple(dict.fromkeys(settings.tasks))
+        settings, models=tuple(dict.fromkeys(settings.models)), tasks=tuple(dict.fromkeys(map(str, settings.tasks)))
     )
     if not settings.models or not settings.tasks:
         raise TaskError("a study needs at least one model and one task")
     for name in settings.tasks:
-        if name not in task_names():
-            raise TaskError(f"task {name!r} is not known; expected one of {', '.join(task_names())}")
+        if not is_file_name(name):
+            check_known(name)
     _check_options(settings)
     run = {
         "command": command,
-        "settings": {
-            name: list(value) if isinstance(value, tuple) else value
-            for name, value in vars(settings).items()
-            if name != "stages"
-        },
-        "tasks": list(settings.tasks),
+        "settings": _as_written(settings),
+        "tasks": list(slugs_of_tasks(settings.tasks).values()),
         "seed": settings.seed,
         "versions": versions(),
         "started": now(),
@@ -147,6 +144,17 @@ def study(
     peak = max(directory.run.get("peak_memory_bytes", 0), peak_memory_bytes())
     directory.update_run(finished=now(), peak_memory_bytes=peak)
     return directory
+
+
+def _as_written(settings: StudySettings) -> dict[str, Any]:
+    """Settings for run.json, without the stages; with what task files hold, as they may change under one name."""
+    written = {
+        name: list(value) if isinstance(value, tuple) else value
+        for name, value in vars(settings).items()
+        if name != "stages"
+    }
+    files = {name: file_fingerprint(name) for name in settings.tasks if is_file_name(name)}
+    return written | ({"contents_of_files": files} if files else {})
 
 
 def _check_options(settings: StudySettings) -> None:
@@ -270,18 +278,20 @@ class _ModelStudy:
     def _build_tasks(self) -> None:
         """Every task that fits the tokenizer and that the model does, before any long work: errors come early."""
         settings, reasons = self.settings, []
-        for name in settings.tasks:
+        for given, name in slugs_of_tasks(settings.tasks).items():
             try:
                 task = build_task(
-                    name,
+                    given,
                     self.model,
                     n=settings.n,
                     seed=settings.seed,
                     template=settings.template,
                     filter=settings.filter,
                 )
+                if settings.source == "corrupted" and task.corrupted is None:
+                    raise TaskError(f"task {name!r} has no corrupted prompts; expected the source mean or zero")
                 self.clean[name] = self._clean_run(task)
-                self.tasks[name] = task
+                self.tasks[name] = replace(task, name=name)
             except TaskError as error:
                 reasons.append(f"{self.name}: {error}")
         if not self.tasks:
@@ -301,7 +311,7 @@ class _ModelStudy:
         examples = [
             {
                 "prompt": task.prompts[i],
-                "corrupted": task.corrupted_prompts[i],
+                "corrupted": task.corrupted_prompts[i] if task.corrupted_prompts else None,
                 "answer": self._text(int(task.answer[i])),
                 "wrong": self._text(int(task.wrong[i])),
                 "model_top": self._text(int(top.indices[i, 0])),
@@ -370,7 +380,11 @@ class _ModelStudy:
             return
         with self._stage("transfer") as step:
             section = transfer_stage(
-                self.model, self.circuits, self.settings.seed, lambda what, done, total: step(done, total)
+                self.model,
+                self.circuits,
+                {name: given for given, name in slugs_of_tasks(self.settings.tasks).items()},
+                self.settings.seed,
+                lambda what, done, total: step(done, total),
             )
             self._write_section(name, section)
 

@@ -194,14 +194,12 @@ def _called(rows: list[dict[str, Any]], n_prompts: int) -> str:
     least = smallest_p(n_prompts)
     if least > CALLED:
         needed = next(n for n in itertools.count(n_prompts) if smallest_p(n) <= CALLED)
-        return (
-            f"With {prompts} no q-value can reach {CALLED}, whatever the effects; at least {needed} prompts are needed"
-        )
+        return f"With {prompts} no q-value can reach {CALLED}; at least {needed} prompts are needed"
     n_called = sum(row["q"] <= CALLED for row in rows)
     said = f"{n_called} of {len(rows)} sites have an effect, at a false discovery rate of {CALLED:.0%} (q)"
     n_together = math.ceil(least * len(rows) / CALLED)
     if n_called == 0 and n_together > 1:
-        said += f"; with {prompts} fewer than {n_together} sites cannot reach it"
+        said += f"; with {prompts} that takes at least {n_together} sites at once"
     return said
 
 

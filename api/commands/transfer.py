@@ -42,7 +42,8 @@ def transfer(
         list[str] | None, typer.Option("--heads", help="A sub-circuit by its heads, such as a1.h0,a3.h2.")
     ] = None,
     kinds: Annotated[
-        str, typer.Option("--kinds", "-k", help="Joined by commas: interval_2, date_problems, months, …; or all.")
+        str,
+        typer.Option("--kinds", "-k", help="Joined by commas: interval_2, date_problems, months, mine.csv, …; or all."),
     ] = "all",
     n: NOption = 32,
     seed: SeedOption = 0,
