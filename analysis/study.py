@@ -202,15 +202,12 @@ def _is_finished(directory: RunDirectory, slug: str, stages: Sequence[str]) -> b
     file = f"results/{slug}.compare.json"
     if not directory.has(file) or slug not in [model["slug"] for model in directory.run["models"]]:
         return False
-    tasks, circuits = directory.read_json(file)["tasks"], circuits_of(directory, slug)
-    if not set(tasks) <= set(circuits):
+    names = ["scores/{}.{}.safetensors", "circuits/{}.{}.json", "results/{}.{}.json"]
+    names += [f"results/{{}}.{{}}.{stage}.json" for stage in stages if stage in TASK_STAGES]
+    tasks = directory.read_json(file)["tasks"]
+    if "transfer" in stages and not directory.has(f"results/{slug}.transfer.json"):
         return False
-    names = ["scores/{}.{}.safetensors", "results/{}.{}.json"]
-    files = [name.format(slug, task) for name in names for task in tasks]
-    files += [f"results/{slug}.{task}.{stage}.json" for task in tasks for stage in stages_for(circuits[task], stages)]
-    if "transfer" in stages and any(circuit.heads for circuit in circuits.values()):
-        files.append(f"results/{slug}.transfer.json")
-    return all(map(directory.has, files))
+    return all(directory.has(name.format(slug, task)) for name in names for task in tasks)
 
 
 @dataclass
@@ -296,7 +293,7 @@ class _ModelStudy:
                 reasons.append(f"{self.name}: {error}")
         if not self.tasks:
             raise TaskError(reasons[0])
-        self._note(reasons)
+        self._note(*reasons)
 
     def _clean_run(self, task: Task) -> dict[str, Any]:
         """What the unpatched model makes of a task. Raises TaskError when it does not prefer the answers."""
@@ -353,19 +350,23 @@ class _ModelStudy:
             self._n_sensitivity_prompts,
             lambda: self._repeated,
         )
-        asked = stages_for(subject.circuit, settings.stages)
-        for stage in asked:
-            if not self.directory.has(f"results/{self.slug}.{name}.{stage}.json"):
-                with self._stage(f"{name}, {stage}") as step:
-                    self._write_section(f"{self.slug}.{name}.{stage}", TASK_STAGES[stage](subject, step))
         if not subject.circuit.nodes:
-            left_out = [stage for stage in TASK_STAGES if stage in settings.stages and stage not in asked]
-            without = f" Left out: {', '.join(left_out)}." if left_out else ""
-            self._note([f"{self.name}: the circuit of {name} is empty: {why_empty(subject.circuit)}.{without}"])
+            self._note(f"{self.name}: the circuit of task {name!r} is empty: {why_empty(subject.circuit)}")
+        for stage, ask in TASK_STAGES.items():
+            if stage not in settings.stages or self.directory.has(f"results/{self.slug}.{name}.{stage}.json"):
+                continue
+            reason = why_not(stage, subject.circuit, task)
+            if reason is None:
+                with self._stage(f"{name}, {stage}") as step:
+                    section = ask(subject, step)
+            else:
+                section = left_out(stage, reason)
+                self._note(f"{self.name}: {stage} of task {name!r} is left out: {reason}")
+            self._write_section(f"{self.slug}.{name}.{stage}", section)
 
-    def _note(self, notes: Sequence[str]) -> None:
+    def _note(self, *notes: str) -> None:
         """Add to what run.json says beside the results, once each."""
-        self.directory.update_run(notes=list(dict.fromkeys([*notes, *self.directory.run["notes"]])))
+        self.directory.update_run(notes=list(dict.fromkeys([*self.directory.run["notes"], *notes])))
 
     @cached_property
     def _repeated(self) -> dict[str, Measure]:
@@ -377,6 +378,9 @@ class _ModelStudy:
         if "transfer" not in self.settings.stages or self.directory.has(f"results/{name}.json"):
             return
         if self.model.tokenizer is None or not any(circuit.heads for circuit in self.circuits.values()):
+            reason = "the model has no tokenizer" if self.model.tokenizer is None else "no circuit has heads"
+            self._note(f"{self.name}: transfer is left out: {reason}")
+            self._write_section(name, left_out("transfer", reason))
             return
         with self._stage("transfer") as step:
             section = transfer_stage(

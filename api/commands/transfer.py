@@ -43,7 +43,7 @@ def transfer(
     ] = None,
     kinds: Annotated[
         str,
-        typer.Option("--kinds", "-k", help="Joined by commas: interval_2, date_problems, months, mine.csv, …; or all."),
+        typer.Option("--kinds", "-k", help="interval_2, months, mine.csv, … joined by commas; or all."),
     ] = "all",
     n: NOption = 32,
     seed: SeedOption = 0,
