@@ -155,9 +155,12 @@ class Circuit:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Circuit:
         """Raises StoreError for values that are not a circuit's, or of a later schema."""
-        if not isinstance(values, dict) or values.get("schema") not in SCHEMA_VERSIONS:
-            found = values.get("schema") if isinstance(values, dict) else type(values).__name__
-            raise StoreError(f"not a circuit of schema {' or '.join(map(str, SCHEMA_VERSIONS))}: found {found!r}")
+        schemas = " or ".join(map(str, SCHEMA_VERSIONS))
+        if not isinstance(values, dict) or "schema" not in values:
+            found = "it has no field 'schema'" if isinstance(values, dict) else f"it is a {type(values).__name__}"
+            raise StoreError(f"not a circuit: {found}; expected an object with schema {schemas}")
+        if values["schema"] not in SCHEMA_VERSIONS:
+            raise StoreError(f"circuit is of schema {values['schema']!r}; expected {schemas}")
         try:
             return cls(
                 heads=[(layer, head) for layer, head in values["heads"]],

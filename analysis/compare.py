@@ -77,7 +77,8 @@ def compare_circuits(
     """
     nodes = nodes or {}
     if len(circuits) < 2:
-        raise PatchError(f"{len(circuits)} circuits cannot be compared; expected at least two")
+        given = ", ".join(circuits) or "none"
+        raise PatchError(f"circuits to compare: {given}; expected at least two")
     for circuit, config in circuits.values():
         check_circuit(circuit, config)
     pairs = tuple(_pair(a, b, *circuits[a], *circuits[b], nodes) for a, b in itertools.combinations(circuits, 2))

@@ -94,6 +94,17 @@ def discover(model: HookedTransformer, task: Task, method: str = "prune", **opti
     return METHODS[method](model, task, **options)
 
 
+def why_empty(circuit: Circuit) -> str:
+    """What it means that a circuit has no nodes, and what to try: half a sentence for people."""
+    if circuit.score is None:
+        return "no edge that was taken leads through a node from input to logits; try more edges or a lower threshold"
+    source, metric = (str(circuit.settings.get(name, "")) for name in ("source", "metric"))
+    return (
+        f"no node is needed: with source {source} in place of every one the model scores {circuit.score:.0f} of 100 by "
+        f"{metric.replace('_', ' ')}; try another source or metric, or more prompts"
+    )
+
+
 def options_of(method: str) -> list[str]:
     """Names of the options that a method takes; those that learn gates take the options of learning too."""
     parameters = inspect.signature(METHODS[method]).parameters.values()

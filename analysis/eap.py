@@ -82,7 +82,8 @@ class EdgeScores:
 
         Take `n_edges` edges, or all whose score is at least `threshold` by size. `top` takes the largest of all;
         `greedy` starts from the edges into the logits and opens the edges into a node when the first edge out of it is
-        taken (Hanna et al. 2024), so that it keeps more of what it takes. What remains may be fewer edges.
+        taken (Hanna et al. 2024), so that it keeps more of what it takes. What remains may be fewer edges than
+        `settings["n_taken"]` were taken.
 
         Raises PatchError unless exactly one of `n_edges` and `threshold` is given, in range.
         """
@@ -102,7 +103,13 @@ class EdgeScores:
             model=self.settings["model"],
             task=self.settings["task"],
             method=self.settings["method"],
-            settings={**self.settings, "n_edges": n_edges, "threshold": threshold, "selection": selection},
+            settings={
+                **self.settings,
+                "n_edges": n_edges,
+                "threshold": threshold,
+                "selection": selection,
+                "n_taken": len(chosen),
+            },
         )
 
 

@@ -68,8 +68,6 @@ def edge_faithfulness_stage(subject: Subject, progress: Progress) -> Section:
     """How faithful, complete and minimal the circuit's edges are, by themselves, beside random ones; CPR and CMD of
     all edges of the model by EAP-IG."""
     circuit = subject.circuit
-    if not circuit.edges:
-        return Section("Edges alone", ("The circuit has no edges to judge.",))
     task = subject.task.subset(range(min(subject.task.n, subject.n_edge_prompts)))
     small = is_small(subject.model)
     options: dict[str, Any] = {"executor": subject.executor, "precision": subject.precision}

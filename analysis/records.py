@@ -15,12 +15,14 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from subcircuit.analysis.store import RunDirectory
 from subcircuit.analysis.sweep import Scores
+from subcircuit.analysis.tasks import is_file_name
 from subcircuit.engine.config import ModelConfig, RopeScaling
 from subcircuit.engine.errors import StoreError
 from subcircuit.engine.model import HookedTransformer
@@ -92,14 +94,23 @@ def fingerprint(model: HookedTransformer) -> str:
     return digest.hexdigest()[:16]
 
 
-def slugs_of(models: Sequence[str]) -> list[str]:
-    """A part of a file name per model, no two alike."""
+def slugs_of(names: Sequence[str]) -> list[str]:
+    """A part of a file name for each, no two alike."""
     slugs: list[str] = []
-    for name in models:
-        plain = re.sub(r"[^A-Za-z0-9_-]+", "-", name).strip("-") or "model"
-        candidates = [plain, *(f"{plain}-{number}" for number in range(2, len(models) + 1))]
+    for name in names:
+        plain = re.sub(r"[^A-Za-z0-9_-]+", "-", name).strip("-") or "unnamed"
+        candidates = [plain, *(f"{plain}-{number}" for number in range(2, len(names) + 1))]
         slugs.append(next(slug for slug in candidates if slug not in slugs))
     return slugs
+
+
+def slugs_of_tasks(tasks: Sequence[str]) -> dict[str, str]:
+    """A part of a file name per task, no two alike: a name itself, and of a task file its name without the ending."""
+    # Names first, so that a file of the same name is what gets a number.
+    ordered = sorted(tasks, key=is_file_name)
+    slugs = slugs_of([Path(task).stem if is_file_name(task) else task for task in ordered])
+    found = dict(zip(ordered, slugs, strict=True))
+    return {task: found[task] for task in tasks}
 
 
 def versions() -> dict[str, str]:

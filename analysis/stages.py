@@ -25,7 +25,8 @@ from subcircuit.analysis.judgement import judgement
 from subcircuit.analysis.lens import lens
 from subcircuit.analysis.sections import Cell, Progress, Section, Subject, Table
 from subcircuit.analysis.sensitivity import CHOICES, CONCLUSIONS, Outcome, Sensitivity, sensitivity
-from subcircuit.analysis.transfer import transfer
+from subcircuit.analysis.tasks import Task
+from subcircuit.analysis.transfer import prompts_of_kind, transfer
 from subcircuit.analysis.transfer_figures import transfer_figure
 from subcircuit.engine.model import HookedTransformer
 from subcircuit.engine.threads import is_small
@@ -220,20 +221,43 @@ TASK_STAGES: dict[str, Callable[[Subject, Progress], Section]] = {
 }
 STAGES = (*TASK_STAGES, "transfer")
 """All that can be asked for, in the order in which they are run; transfer is one for all tasks."""
+NEEDS_NO_NODES = ("lens",)
+
+
+def why_not(stage: str, circuit: Circuit, task: Task) -> str | None:
+    """Why a stage cannot be asked of this circuit on this task; None where it can."""
+    if not circuit.nodes and stage not in NEEDS_NO_NODES:
+        return "the circuit is empty"
+    if stage == "edges" and task.corrupted is None:
+        return "paths are patched with corrupted prompts, which the task lacks"
+    if stage == "edge-faithfulness" and not circuit.edges:
+        return "the circuit has no edges"
+    return None
+
+
+def left_out(stage: str, reason: str) -> Section:
+    """The section of a stage that cannot be asked."""
+    return Section(words(stage).capitalize(), (f"Left out: {reason}.",))
 
 
 def transfer_stage(
-    model: HookedTransformer, circuits: Mapping[str, Circuit], seed: int, progress: Callable[[str, int, int], None]
+    model: HookedTransformer,
+    circuits: Mapping[str, Circuit],
+    given: Mapping[str, str],
+    seed: int,
+    progress: Callable[[str, int, int], None],
 ) -> Section:
-    """What becomes of other prompts without the circuits' heads, and without those that all circuits share."""
+    """What becomes of other prompts without the circuits' heads, and without those that all circuits share.
+
+    `circuits` are by task; `given` says what each was given as, its name or file.
+    """
     named = {name: circuit for name, circuit in circuits.items() if circuit.heads}
     shared = intersection(list(named.values())) if len(named) > 1 else None
     if shared is not None and shared.heads:
         named["shared"] = shared
-    kinds = (*circuits, *_TRANSFER_KINDS)
-    found = transfer(
-        model, named, kinds, n=N_TRANSFER_PROMPTS, n_random=N_TRANSFER_RANDOM, seed=seed, progress=progress
-    )
+    asked_for = {name: given[name] for name in circuits} | {kind: kind for kind in _TRANSFER_KINDS}
+    kinds = {name: prompts_of_kind(model, kind, N_TRANSFER_PROMPTS, seed) for name, kind in asked_for.items()}
+    found = transfer(model, named, kinds, n_random=N_TRANSFER_RANDOM, seed=seed, progress=progress)
     rows = found.table()
     asked = [row for row in rows if row["n_answered"]]
     silent = sorted({row["kind"] for row in rows if not row["n_answered"]})

@@ -130,6 +130,11 @@ def sign_flip_p(
     return p.double().view(exact.shape[:-1])
 
 
+def smallest_p(n_prompts: int, n_flips: int = MOST_FLIPS) -> float:
+    """The smallest p that `sign_flip_p` can give with so many prompts: of values that all have one sign."""
+    return 2 / 2**n_prompts if 2**n_prompts <= n_flips else 1 / (n_flips + 1)
+
+
 def _as_far(values: Float[Tensor, "site prompt"], signs: Float[Tensor, "prompt flip"]) -> Int[Tensor, " site"]:
     """How many sign patterns give a sum at least as far from 0."""
     # Equal sums taken in another order differ in their last digits.

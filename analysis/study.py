@@ -11,7 +11,7 @@ from typing import Any, get_args
 from subcircuit.analysis.baselines import random_baseline
 from subcircuit.analysis.circuit import Circuit, intersection, union
 from subcircuit.analysis.compare import cross_task_scores, jaccard_matrix
-from subcircuit.analysis.discover import discover
+from subcircuit.analysis.discover import discover, why_empty
 from subcircuit.analysis.faithfulness import Ablation, node_drops
 from subcircuit.analysis.heads import repeated_measures
 from subcircuit.analysis.measures import Measure
@@ -25,16 +25,17 @@ from subcircuit.analysis.records import (
     peak_memory_bytes,
     read_scores,
     slugs_of,
+    slugs_of_tasks,
     timed,
     versions,
     write_scores,
 )
 from subcircuit.analysis.report import write_report
 from subcircuit.analysis.sections import Section, Subject
-from subcircuit.analysis.stages import STAGES, TASK_STAGES, transfer_stage
+from subcircuit.analysis.stages import STAGES, TASK_STAGES, left_out, transfer_stage, why_not
 from subcircuit.analysis.store import RunDirectory
 from subcircuit.analysis.sweep import Scores, sweep
-from subcircuit.analysis.tasks import Task, task_names
+from subcircuit.analysis.tasks import Task, check_known, file_fingerprint, is_file_name
 from subcircuit.analysis.tasks import task as build_task
 from subcircuit.engine.errors import PatchError, StoreError, TaskError
 from subcircuit.engine.model import HookedTransformer
@@ -93,7 +94,8 @@ def study(
 
     Each stage's result is written whole when it is done; with `resume` it is not computed again. A task that does not
     fit a model's tokenizer, or that the model does not do (it does not prefer the answers), is left out with a note in
-    run.json. Every model is loaded and its tasks are built before the first long stage, so that what is wrong with the
+    run.json; so is what cannot be asked of a circuit without nodes, which is what pruning leaves of a task that needs
+    none. Every model is loaded and its tasks are built before the first long stage, so that what is wrong with the
     last of several models is said at once.
 
     Raises TaskError for an unknown task, or when none is left for a model; WeightsError for an unknown model;
@@ -103,22 +105,18 @@ def study(
     if resume and overwrite:
         raise StoreError("resume and overwrite contradict each other; expected one of them")
     settings = replace(
-        settings, models=tuple(dict.fromkeys(settings.models)), tasks=tuple(dict.fromkeys(settings.tasks))
+        settings, models=tuple(dict.fromkeys(settings.models)), tasks=tuple(dict.fromkeys(map(str, settings.tasks)))
     )
     if not settings.models or not settings.tasks:
         raise TaskError("a study needs at least one model and one task")
     for name in settings.tasks:
-        if name not in task_names():
-            raise TaskError(f"task {name!r} is not known; expected one of {', '.join(task_names())}")
+        if not is_file_name(name):
+            check_known(name)
     _check_options(settings)
     run = {
         "command": command,
-        "settings": {
-            name: list(value) if isinstance(value, tuple) else value
-            for name, value in vars(settings).items()
-            if name != "stages"
-        },
-        "tasks": list(settings.tasks),
+        "settings": _as_written(settings),
+        "tasks": list(slugs_of_tasks(settings.tasks).values()),
         "seed": settings.seed,
         "versions": versions(),
         "started": now(),
@@ -149,6 +147,17 @@ def study(
     return directory
 
 
+def _as_written(settings: StudySettings) -> dict[str, Any]:
+    """Settings for run.json, without the stages; with what task files hold, as they may change under one name."""
+    written = {
+        name: list(value) if isinstance(value, tuple) else value
+        for name, value in vars(settings).items()
+        if name != "stages"
+    }
+    files = {name: file_fingerprint(name) for name in settings.tasks if is_file_name(name)}
+    return written | ({"contents_of_files": files} if files else {})
+
+
 def _check_options(settings: StudySettings) -> None:
     """Raises PatchError for what a later stage would refuse, when much is computed already."""
     choices = {
@@ -166,6 +175,8 @@ def _check_options(settings: StudySettings) -> None:
     for stage in settings.stages:
         if stage not in STAGES:
             raise PatchError(f"stage {stage!r} is not known; expected some of {', '.join(STAGES)}")
+    if "edge-faithfulness" in settings.stages and "edges" not in settings.stages:
+        raise PatchError("stage 'edge-faithfulness' judges what 'edges' finds; expected both or neither")
     for name in ("n", "max_sweeps", "n_random", "n_edge_prompts", "n_sensitivity_prompts"):
         value = getattr(settings, name)
         if value is not None and value < 1:
@@ -267,23 +278,25 @@ class _ModelStudy:
     def _build_tasks(self) -> None:
         """Every task that fits the tokenizer and that the model does, before any long work: errors come early."""
         settings, reasons = self.settings, []
-        for name in settings.tasks:
+        for given, name in slugs_of_tasks(settings.tasks).items():
             try:
                 task = build_task(
-                    name,
+                    given,
                     self.model,
                     n=settings.n,
                     seed=settings.seed,
                     template=settings.template,
                     filter=settings.filter,
                 )
+                if settings.source == "corrupted" and task.corrupted is None:
+                    raise TaskError(f"task {name!r} has no corrupted prompts; expected the source mean or zero")
                 self.clean[name] = self._clean_run(task)
-                self.tasks[name] = task
+                self.tasks[name] = replace(task, name=name)
             except TaskError as error:
                 reasons.append(f"{self.name}: {error}")
         if not self.tasks:
             raise TaskError(reasons[0])
-        self.directory.update_run(notes=list(dict.fromkeys([*reasons, *self.directory.run["notes"]])))
+        self._note(*reasons)
 
     def _clean_run(self, task: Task) -> dict[str, Any]:
         """What the unpatched model makes of a task. Raises TaskError when it does not prefer the answers."""
@@ -298,7 +311,7 @@ class _ModelStudy:
         examples = [
             {
                 "prompt": task.prompts[i],
-                "corrupted": task.corrupted_prompts[i],
+                "corrupted": task.corrupted_prompts[i] if task.corrupted_prompts else None,
                 "answer": self._text(int(task.answer[i])),
                 "wrong": self._text(int(task.wrong[i])),
                 "model_top": self._text(int(top.indices[i, 0])),
@@ -340,15 +353,27 @@ class _ModelStudy:
             self._n_sensitivity_prompts,
             lambda: self._repeated,
         )
+        if not subject.circuit.nodes:
+            self._note(f"{self.name}: the circuit of task {name!r} is empty: {why_empty(subject.circuit)}")
         for stage, ask in TASK_STAGES.items():
-            if stage in settings.stages and not self.directory.has(f"results/{self.slug}.{name}.{stage}.json"):
+            if stage not in settings.stages or self.directory.has(f"results/{self.slug}.{name}.{stage}.json"):
+                continue
+            reason = why_not(stage, subject.circuit, task)
+            if reason is None:
                 with self._stage(f"{name}, {stage}") as step:
                     section = ask(subject, step)
                     if section.circuit is not None:
                         subject = replace(subject, circuit=section.circuit)
                         self.circuits[name] = section.circuit
                         self.directory.write_json(f"circuits/{self.slug}.{name}.json", section.circuit.to_dict())
-                    self._write_section(f"{self.slug}.{name}.{stage}", section)
+            else:
+                section = left_out(stage, reason)
+                self._note(f"{self.name}: {stage} of task {name!r} is left out: {reason}")
+            self._write_section(f"{self.slug}.{name}.{stage}", section)
+
+    def _note(self, *notes: str) -> None:
+        """Add to what run.json says beside the results, once each."""
+        self.directory.update_run(notes=list(dict.fromkeys([*self.directory.run["notes"], *notes])))
 
     @cached_property
     def _repeated(self) -> dict[str, Measure]:
@@ -360,10 +385,17 @@ class _ModelStudy:
         if "transfer" not in self.settings.stages or self.directory.has(f"results/{name}.json"):
             return
         if self.model.tokenizer is None or not any(circuit.heads for circuit in self.circuits.values()):
+            reason = "the model has no tokenizer" if self.model.tokenizer is None else "no circuit has heads"
+            self._note(f"{self.name}: transfer is left out: {reason}")
+            self._write_section(name, left_out("transfer", reason))
             return
         with self._stage("transfer") as step:
             section = transfer_stage(
-                self.model, self.circuits, self.settings.seed, lambda what, done, total: step(done, total)
+                self.model,
+                self.circuits,
+                {name: given for given, name in slugs_of_tasks(self.settings.tasks).items()},
+                self.settings.seed,
+                lambda what, done, total: step(done, total),
             )
             self._write_section(name, section)
 
@@ -441,7 +473,10 @@ class _ModelStudy:
     def _results(self, file: str, name: str, task: Task, scores: Scores, circuit: Circuit, ablation: Ablation) -> None:
         with self._stage(f"{name}, drops and random circuits") as step:
             drops = node_drops(ablation, circuit)
-            baseline = random_baseline(ablation, circuit, self._n_random, seed=self.settings.seed, progress=step)
+            random_scores: list[float] = []
+            if circuit.nodes:  # those without are all the same one
+                baseline = random_baseline(ablation, circuit, self._n_random, seed=self.settings.seed, progress=step)
+                random_scores = baseline.scores.tolist()
         self.directory.write_json(
             file,
             {
@@ -454,7 +489,7 @@ class _ModelStudy:
                 "mlps": scores.mlps().tolist(),
                 "clean_mean": float(scores.clean_metric.mean()),
                 "drops": drops,
-                "random_scores": baseline.scores.tolist(),
+                "random_scores": random_scores,
             },
         )
 

@@ -18,7 +18,14 @@ from torch import Tensor
 
 from subcircuit.analysis.circuit import Circuit
 from subcircuit.analysis.statistics import bootstrap_mean
-from subcircuit.analysis.tasks import TransferPrompt, task, task_names, transfer_kinds, transfer_prompts
+from subcircuit.analysis.tasks import (
+    TransferPrompt,
+    is_file_name,
+    task,
+    task_names,
+    transfer_kinds,
+    transfer_prompts,
+)
 from subcircuit.engine.ablation import RowAblations
 from subcircuit.engine.errors import PatchError, PromptError, TaskError
 from subcircuit.engine.model import HookedTransformer
@@ -123,11 +130,13 @@ def transfer(
 
 
 def prompts_of_kind(model: HookedTransformer, kind: str, n: int, seed: int) -> tuple[TransferPrompt, ...]:
-    """Prompts of a transfer kind, or a task's clean prompts with their answers. Raises TaskError for neither."""
+    """Prompts of a transfer kind, or the clean prompts of a task or task file with their answers. Raises TaskError for
+    none of these."""
     if kind in transfer_kinds():
         return transfer_prompts(kind, n, seed)
-    if kind not in task_names():
-        raise TaskError(f"kind {kind!r} is not known; expected a task or one of {', '.join(transfer_kinds())}")
+    if kind not in task_names() and not is_file_name(kind):
+        known = ", ".join(transfer_kinds())
+        raise TaskError(f"kind {kind!r} is not known; expected a task, a .csv or .json file, or one of {known}")
     made = task(kind, model, n=n, seed=seed)
     if model.tokenizer is None or not made.prompts:
         raise PromptError(f"task {kind!r} has no text to be continued; expected a model with a tokenizer")

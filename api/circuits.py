@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import subcircuit as sc
+from subcircuit.console import warn
 
 if TYPE_CHECKING:
     from subcircuit.engine.model import HookedTransformer
@@ -29,11 +29,18 @@ def warn_of_other_model(circuits: dict[Path, sc.Circuit], model: HookedTransform
     others = {str(file): circuit.model for file, circuit in circuits.items() if circuit.model not in ("", name)}
     if others and name:
         found = ", ".join(f"{file} (found in {other})" for file, other in others.items())
-        print(f"warning: the nodes of {found} are used as those of {name}", file=sys.stderr, flush=True)
+        warn(f"the nodes of {found} are used as those of {name}")
     used = {hook: dictionary.fingerprint() for hook, dictionary in model.dictionaries.items()}
     for file, circuit in circuits.items():
         found_in = circuit.settings.get("dictionary_fingerprints", {}) if circuit.features else {}
         for hook in used.keys() & found_in.keys():
             if used[hook] != found_in[hook]:
-                warning = f"warning: the features of {file} at {hook} were found in another dictionary"
-                print(warning, file=sys.stderr, flush=True)
+                warn(f"the features of {file} at {hook} were found in another dictionary")
+
+
+def warn_of_empty(circuit: sc.Circuit) -> None:
+    """A line on standard error where a circuit has no nodes: what that means and what to try."""
+    from subcircuit.analysis.discover import why_empty
+
+    if not circuit.nodes:
+        warn(f"the circuit is empty: {why_empty(circuit)}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -30,17 +30,30 @@ def new_table(*columns: str) -> Table:
     return table
 
 
-def write_csv(file: Path, rows: list[dict[str, Any]]) -> None:
-    import csv
-    import io
+def warn(message: str) -> None:
+    """A line on standard error, on which what follows does not hang."""
+    print(f"warning: {message}", file=sys.stderr, flush=True)
 
+
+def say_written(what: Path | str, silent: bool) -> None:
+    """The line on standard error with which every command says what it has written: a file, or what in a folder."""
+    if not silent:
+        print(f"wrote {what}", file=sys.stderr, flush=True)
+
+
+def write_text(file: Path, text: str, silent: bool) -> None:
+    """Write a file whole, and say so unless `silent`."""
     from subcircuit.analysis.store import write_whole
 
-    text = io.StringIO()
-    writer = csv.DictWriter(text, rows[0].keys(), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_whole(file, text.getvalue().encode("utf-8"))
+    write_whole(file, text.encode("utf-8"))
+    say_written(file, silent)
+
+
+def write_figures(folder: Path, figures: Mapping[str, str], silent: bool) -> None:
+    """Write SVG texts by name to a folder, and say so unless `silent`."""
+    for name, svg in figures.items():
+        write_text(folder / f"{name}.svg", svg, silent=True)
+    say_written(f"{len(figures)} figures in {folder}", silent)
 
 
 Update = Callable[[str, int, int], None]

@@ -101,6 +101,13 @@ def with_dictionaries(
     return model.with_dictionaries(*read) if read else model
 
 
+def check_suffix(file: Path | None, *known: str) -> None:
+    """Refuse a file to write, before any work, whose name does not say which of the known formats it should have."""
+    if file is not None and file.suffix not in known:
+        ending = known[0] if len(known) == 1 else f"one of {', '.join(known)}"
+        raise typer.BadParameter(f"{file}: expected a file name that ends in {ending}")
+
+
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 
 

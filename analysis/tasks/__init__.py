@@ -16,9 +16,9 @@ together: all prompts of a task have one length, and what a position holds in on
 
 from __future__ import annotations
 
-from subcircuit.analysis.tasks.files import task_from_file
+from subcircuit.analysis.tasks.files import file_fingerprint, is_file_name, task_from_file
 from subcircuit.analysis.tasks.from_tokens import task_from_tokens
-from subcircuit.analysis.tasks.registry import about, task, task_names
+from subcircuit.analysis.tasks.registry import about, check_known, task, task_names
 from subcircuit.analysis.tasks.sequences import FILTERED_TOGETHER, MIXED, N_MEMBERS, SEQUENCES, TEMPLATES, Template
 from subcircuit.analysis.tasks.transfer import TransferPrompt, transfer_kinds, transfer_prompts
 from subcircuit.analysis.tasks.values import About, Model, Task
@@ -35,6 +35,9 @@ __all__ = [
     "Template",
     "TransferPrompt",
     "about",
+    "check_known",
+    "file_fingerprint",
+    "is_file_name",
     "task",
     "task_from_file",
     "task_from_tokens",

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from subcircuit.analysis.metrics import accuracy, final_logits, logit_difference, probability_difference
+from subcircuit.analysis.tasks.files import is_file_name
 from subcircuit.analysis.tasks.fitting import tokenizer_and_model
 from subcircuit.analysis.tasks.registry import about, task, task_names
 from subcircuit.analysis.tasks.values import About, Model, Task
@@ -34,16 +35,16 @@ class TaskCard:
     n_pos: int
     """Tokens per prompt, with BOS if the tokenizer adds one."""
     first_difference: int
-    """First position at which a corrupted prompt differs from its clean one."""
+    """First position at which a corrupted prompt differs from its clean one; `n_pos` where there is none."""
     positions: dict[str, tuple[int, ...]]
     examples: tuple[dict[str, Any], ...]
-    """Clean and corrupted prompt, answers, wrong answers, and the clean prompt's tokens."""
+    """Clean and corrupted prompt, answers, wrong answers, and the clean prompt's tokens; of a file every row."""
     accuracy: float | None = None
     """Share of prompts whose likeliest token is an answer; None for a tokenizer alone, like what follows."""
     logit_difference: float | None = None
     """Mean over prompts, answers minus wrong answers, in nats."""
     corrupted_logit_difference: float | None = None
-    """The same on the corrupted prompts."""
+    """The same on the corrupted prompts, where the task has them."""
     probability_difference: float | None = None
     """Mean over prompts of Σ P(answers) − Σ P(wrong answers)."""
 
@@ -57,6 +58,7 @@ def task_card(
 ) -> TaskCard:
     """The card of a task on n prompts. Raises TaskError as `task` does."""
     said = about(name)
+    n_examples = n if is_file_name(name) else N_EXAMPLES
     tokenizer, model = tokenizer_and_model(model_or_tokenizer)
     made = task(name, tokenizer, n=n, seed=seed, template=template)
     return TaskCard(
@@ -69,7 +71,7 @@ def task_card(
         n_pos=made.pos,
         first_difference=made.first_difference,
         positions=dict(made.positions),
-        examples=tuple(_example(made, i, tokenizer) for i in range(min(N_EXAMPLES, made.n))),
+        examples=tuple(_example(made, i, tokenizer) for i in range(min(n_examples, made.n))),
         **({} if model is None else _measured(made, model)),
     )
 
@@ -80,7 +82,7 @@ def _example(made: Task, row: int, tokenizer: Tokenizer) -> dict[str, Any]:
     )
     return {
         "clean": made.prompts[row],
-        "corrupted": made.corrupted_prompts[row],
+        "corrupted": made.corrupted_prompts[row] if made.corrupted_prompts else None,
         "answers": answers,
         "wrongs": wrongs,
         "tokens": [tokenizer.decode([token]) for token in made.clean[row].tolist()],
@@ -88,14 +90,14 @@ def _example(made: Task, row: int, tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def _measured(made: Task, model: Model) -> dict[str, Any]:
-    if made.corrupted is None:
-        raise TaskError(f"task {made.name!r} has no corrupted prompts, which a card compares")
-    logits, corrupted = final_logits(model, made.clean), final_logits(model, made.corrupted)
-    answers, wrongs = made.answer_sets
+    logits, (answers, wrongs) = final_logits(model, made.clean), made.answer_sets
+    corrupted = None
+    if made.corrupted is not None:
+        corrupted = float(logit_difference(final_logits(model, made.corrupted), answers, wrongs).mean())
     return {
         "accuracy": accuracy(logits, answers),
         "logit_difference": float(logit_difference(logits, answers, wrongs).mean()),
-        "corrupted_logit_difference": float(logit_difference(corrupted, answers, wrongs).mean()),
+        "corrupted_logit_difference": corrupted,
         "probability_difference": float(probability_difference(logits, answers, wrongs).mean()),
     }
 
@@ -138,18 +140,17 @@ def _table(cards: Mapping[str, TaskCard]) -> str:
     ]
     for model, card in cards.items():
         cells = f"| {model} | {card.template} | {card.n_pos} | {card.first_difference} | {card.accuracy:.0%} | "
-        lines.append(f"{cells}{card.logit_difference:.2f} | {card.corrupted_logit_difference:.2f} |")
+        corrupted = "–" if card.corrupted_logit_difference is None else f"{card.corrupted_logit_difference:.2f}"
+        lines.append(f"{cells}{card.logit_difference:.2f} | {corrupted} |")
     return "\n".join(lines)
 
 
 def _example_shown(model: str, card: TaskCard) -> list[str]:
     example = card.examples[0]
     answers, wrongs = (_listed(example[key]) for key in ("answers", "wrongs"))
-    clean, corrupted = (textwrap.indent(example[side], "    ") for side in ("clean", "corrupted"))
-    return [
-        f"A prompt for {model}, answer {answers}, wrong {wrongs}; and its corrupted prompt:",
-        f"{clean}\n\n{corrupted}",
-    ]
+    shown = [textwrap.indent(example[side], "    ") for side in ("clean", "corrupted") if example[side] is not None]
+    beside = "; and its corrupted prompt" if len(shown) > 1 else ""
+    return [f"A prompt for {model}, answer {answers}, wrong {wrongs}{beside}:", "\n\n".join(shown)]
 
 
 def _wrapped(text: str) -> str:

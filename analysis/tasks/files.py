@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 
 from subcircuit.analysis.tasks.fitting import text_of, tokenizer_and_model
-from subcircuit.analysis.tasks.values import Model, Task, padded
+from subcircuit.analysis.tasks.values import About, Model, Task, padded
 from subcircuit.engine.errors import TaskError
 from subcircuit.engine.tokenizer import Tokenizer
 
@@ -80,6 +81,28 @@ def task_from_file(path: str | Path, model_or_tokenizer: Model | Tokenizer, name
         answers=answers if has_sets else None,
         wrongs=wrongs if has_sets else None,
     )
+
+
+def is_file_name(name: str | Path) -> bool:
+    """Whether what stands for a task is the path of a file, not a name."""
+    return Path(name).suffix in SUFFIXES
+
+
+def file_fingerprint(path: str | Path) -> str:
+    """Sixteen hexadecimal digits that change when what a task file says does; how it is laid out does not count.
+
+    Raises TaskError as `task_from_file` does for what is wrong with the file itself.
+    """
+    rows = [(row.clean, row.corrupted, row.answers, row.wrongs, row.gap) for row in _read(Path(path))]
+    return hashlib.sha256(repr(rows).encode()).hexdigest()[:16]
+
+
+def file_about(path: str | Path) -> About:
+    """What a card says of a file's task. Raises TaskError as `file_fingerprint`."""
+    rows = _read(Path(path))
+    count = f"{len(rows)} prompt{'' if len(rows) == 1 else 's'}"
+    corrupted = "none, so only the sources mean and zero." if rows[0].corrupted is None else "those of the file."
+    return About(f"A task of your own, {count} in a file.", corrupted, str(path))
 
 
 def _read(file: Path) -> list[_Row]:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
 from subcircuit.analysis.tasks.colored_objects import COLORED_OBJECTS_TASKS
 from subcircuit.analysis.tasks.docstring import DOCSTRING_TASKS
-from subcircuit.analysis.tasks.files import SUFFIXES, task_from_file
+from subcircuit.analysis.tasks.files import file_about, is_file_name, task_from_file
 from subcircuit.analysis.tasks.filters import answered
 from subcircuit.analysis.tasks.fitting import tokenizer_and_model
 from subcircuit.analysis.tasks.frame_prompts import frame_task
@@ -41,7 +40,9 @@ def task_names() -> tuple[str, ...]:
 
 def about(name: str) -> About:
     """What a task measures, what its corrupted prompts differ in, and where it is from. TaskError if not known."""
-    _check_known(name)
+    if is_file_name(name):
+        return file_about(name)
+    check_known(name)
     return sequence_about(name) if name in RULES else FRAME_TASKS[name].about
 
 
@@ -75,12 +76,12 @@ def task(
     Raises TaskError where the name, template or a start value is not known, the tokenizer has too few single-token
     members or words, or too few prompts pass the filter.
     """
-    if Path(name).suffix in SUFFIXES:
+    if is_file_name(name):
         return _from_file(name, model_or_tokenizer, n, template, filter, starts)
     tokenizer, model = tokenizer_and_model(model_or_tokenizer)
     if n < 1:
         raise TaskError(f"task {name!r}: n is {n}; expected at least one prompt")
-    _check_known(name)
+    check_known(name)
     asked = _needed(name, model) if filter else None
     if name in RULES:
         return sequence_task(name, tokenizer, asked, n, seed, template, starts)
@@ -115,7 +116,8 @@ def _needed(name: str, model: Model | None) -> Model:
     return model
 
 
-def _check_known(name: str) -> None:
+def check_known(name: str) -> None:
+    """Raises TaskError for a name that no task has."""
     if name not in task_names():
         raise TaskError(
             f"task {name!r} is not known; expected one of {', '.join(task_names())}, or a .csv or .json file"

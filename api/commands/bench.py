@@ -11,7 +11,7 @@ import typer
 
 import subcircuit as sc
 from subcircuit.commands.truth import truth as truth_command
-from subcircuit.console import err, new_table, out, progress_bars
+from subcircuit.console import err, new_table, out, progress_bars, say_written, write_text
 from subcircuit.options import DeviceOption, JsonOption, QuietOption, SeedOption
 
 if TYPE_CHECKING:
@@ -86,10 +86,11 @@ def bench(
         report = run_benchmark(source, settings, rows, pythons, scenarios, grid=grid, progress=progress)
     if directory is not None:
         _write(report, directory)
+        say_written(directory, silent=quiet or as_json)
     if as_json:
         print(json.dumps(report.to_dict()))
     else:
-        _print(report, directory)
+        _print(report)
     for row in report.wrong_rows:
         err.print(f"error: {row.title} {row.status}: {row.reason}", soft_wrap=True)
     if report.wrong_rows:
@@ -98,19 +99,18 @@ def bench(
 
 def _write(report: Report, directory: Path) -> None:
     from subcircuit.analysis.figures import bars_figure
-    from subcircuit.analysis.store import write_whole
 
-    write_whole(directory / "bench.json", json.dumps(report.to_dict(), indent=1).encode("utf-8"))
-    write_whole(directory / "bench.md", _markdown(report).encode("utf-8"))
+    write_text(directory / "bench.json", json.dumps(report.to_dict(), indent=1), silent=True)
+    write_text(directory / "bench.md", _markdown(report), silent=True)
     for result in report.scenarios:
         timed = {row.title: row.patches_per_s for row in result.rows if row.patches_per_s is not None}
         n_own = sum(row.name.startswith("subcircuit") for row in result.rows if row.patches_per_s is not None)
         figure = bars_figure(timed, _title(result), "patches per second", n_own)
         name = "bench.svg" if len(report.scenarios) == 1 else f"bench-{result.scenario}.svg"
-        write_whole(directory / name, figure.encode("utf-8"))
+        write_text(directory / name, figure, silent=True)
 
 
-def _print(report: Report, directory: Path | None) -> None:
+def _print(report: Report) -> None:
     for result in report.scenarios:
         out.print(f"\n{_title(result)}; {result.settings.threads} threads, {report.config.name}")
         out.print(_table(result))
@@ -121,8 +121,6 @@ def _print(report: Report, directory: Path | None) -> None:
     if report.grid:
         out.print("\nSeconds for all heads at other sizes:")
         out.print(_grid_table(report))
-    if directory is not None:
-        out.print(f"\nFiles: {directory}")
 
 
 def _title(result: ScenarioResult) -> str:

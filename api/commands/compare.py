@@ -12,7 +12,7 @@ import typer
 
 import subcircuit as sc
 from subcircuit.circuits import load_circuits, warn_of_other_model
-from subcircuit.console import new_table, out
+from subcircuit.console import new_table, out, write_text
 from subcircuit.options import (
     DeviceOption,
     DictionariesOption,
@@ -23,6 +23,7 @@ from subcircuit.options import (
     SeedOption,
     SourceOption,
     TemplateOption,
+    check_suffix,
     with_dictionaries,
 )
 
@@ -68,6 +69,7 @@ def compare(
     from subcircuit.analysis.compare import compare_circuits
     from subcircuit.engine.threads import suitable_threads
 
+    check_suffix(figure, ".svg")
     saved = load_circuits(files)
     circuits = _named(saved, files)
     owner = _owners(circuits, model, dictionaries, hooks, dtype, device)
@@ -86,7 +88,7 @@ def compare(
         with suitable_threads(each):
             scored |= _scored(each, own, task or [], build, source, seed, len(groups) > 1)
     if figure is not None:
-        _write_figure(figure, comparison, owner, candidates)
+        write_text(figure, _figure(comparison, owner, candidates), silent=as_json)
     if as_json:
         print(json.dumps(comparison.to_dict() | {"scored": scored}))
     else:
@@ -175,12 +177,9 @@ def _scored(
     return scored
 
 
-def _write_figure(
-    file: Path, comparison: Comparison, owner: dict[str, HookedTransformer], candidates: Candidates
-) -> None:
+def _figure(comparison: Comparison, owner: dict[str, HookedTransformer], candidates: Candidates) -> str:
     from subcircuit.analysis.figures import overlap_figure
     from subcircuit.analysis.overlap import overlap_matrix
-    from subcircuit.analysis.store import write_whole
 
     configs = {owner[name].config for name in comparison.circuits}
     if len(configs) > 1:
@@ -189,8 +188,7 @@ def _write_figure(
     kind, what = ("nodes", "Nodes") if config in candidates else ("heads", "Heads")
     circuits = comparison.circuits
     matrix = overlap_matrix(list(circuits.values()), config, kind, candidates.get(config))  # type: ignore[arg-type]
-    svg = overlap_figure(matrix, list(circuits), f"{what} in common (Jaccard index)")
-    write_whole(file, svg.encode("utf-8"))
+    return overlap_figure(matrix, list(circuits), f"{what} in common (Jaccard index)")
 
 
 def _print(comparison: Comparison, scored: Scored) -> None:

@@ -8,7 +8,8 @@ from typing import Annotated, Any
 import typer
 
 import subcircuit as sc
-from subcircuit.console import progress_bars
+from subcircuit.circuits import warn_of_empty
+from subcircuit.console import progress_bars, write_text
 from subcircuit.options import (
     DeviceOption,
     DictionariesOption,
@@ -26,6 +27,7 @@ from subcircuit.options import (
     SeedOption,
     TaskOption,
     TemplateOption,
+    check_suffix,
     with_dictionaries,
 )
 
@@ -90,13 +92,13 @@ def discover(
     quiet: QuietOption = False,
 ) -> None:
     """Find the circuit of one task: heads, MLPs and features of dictionaries, or edges."""
-    from subcircuit.analysis.circuit_figure import circuit_text
-    from subcircuit.analysis.store import write_whole
+    from subcircuit.analysis.circuit_figure import SUFFIXES, circuit_text
     from subcircuit.engine.threads import suitable_threads
 
-    # Only what was asked for is passed on, so that a method can refuse what it does not take.
+    check_suffix(circuit_file, *SUFFIXES)
     how = {"source": source, "precision": precision, "executor": executor}
-    asked = _given(
+    asked = _asked(
+        method,
         **how,
         threshold=threshold,
         metric=metric,
@@ -105,8 +107,15 @@ def discover(
         first=first,
         max_sweeps=max_sweeps,
         steps=steps,
-        seed=seed if method in ("masks", "edge-masks") else None,
     )
+    if method in ("masks", "edge-masks"):
+        asked["seed"] = seed
+    if method in ("eap", "eap-ig") and (n_edges is None) == (threshold is None):
+        raise typer.BadParameter(
+            f"method {method!r} takes the strongest edges; expected --n-edges or --threshold, one of the two"
+        )
+    if edges and metric not in (None, Metric.logit_difference):
+        raise typer.BadParameter(f"--edges judges by logit difference; expected no --metric {metric.value} with it")
     if edges and dictionaries:
         raise typer.BadParameter("--edges leads between heads and MLPs; expected no --dictionary with it")
     if edges and method in _OF_EDGES:
@@ -123,7 +132,7 @@ def discover(
             progress=lambda done, total: progress(_WHAT.get(method, "edges"), done, total),
             **asked,
         )
-        if edges:
+        if edges and circuit.nodes:
             circuit = sc.prune_edges(
                 loaded,
                 prompts,
@@ -134,12 +143,39 @@ def discover(
             )
     if circuit_file is not None:
         text = circuit_text(circuit, circuit_file.suffix, loaded.config.group_size)
-        write_whole(circuit_file, text.encode("utf-8"))
-    print(circuit.to_json() if as_json else str(circuit))
+        write_text(circuit_file, text, silent=quiet or as_json)
+    print(circuit.to_json() if as_json else _described(circuit))
+    warn_of_empty(circuit)
 
 
 _OF_EDGES = ("acdc", "eap", "eap-ig", "edge-masks")
 _WHAT = {"prune": "pruning", "masks": "learning", "edge-masks": "learning"}
+
+
+def _described(circuit: sc.Circuit) -> str:
+    """The circuit, and how many of the edges that its method took are not in it."""
+    n_taken = circuit.settings.get("n_taken", 0)
+    n_lost = n_taken - len(circuit.edges)
+    if n_lost <= 0:
+        return str(circuit)
+    return f"{circuit}\nwithout {n_lost} of the {n_taken} edges taken: no path of these joins them to input and logits"
+
+
+def _asked(method: str, **options: Any) -> dict[str, Any]:
+    """The options that were given. Refuses, by its name on the command line, one that the method does not take."""
+    from subcircuit.analysis.discover import METHODS, options_of
+
+    given = _given(**options)
+    if method in METHODS:  # others are refused by name where they are looked up
+        takes = [name for name in options if name in options_of(method)]
+        for name in given.keys() - set(takes):
+            listed = ", ".join(map(_flag, takes))
+            raise typer.BadParameter(f"method {method!r} has no {_flag(name)}; expected some of {listed}")
+    return given
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def _given(**options: Any) -> dict[str, Any]:

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 import subcircuit as sc
-from subcircuit.circuits import load_circuits, warn_of_other_model
-from subcircuit.console import new_table, out, progress_bars
+from subcircuit.circuits import load_circuits, warn_of_empty, warn_of_other_model
+from subcircuit.console import new_table, out, progress_bars, write_text
 from subcircuit.options import (
     CircuitOption,
     DeviceOption,
@@ -28,6 +28,7 @@ from subcircuit.options import (
     SourceOption,
     TaskOption,
     TemplateOption,
+    check_suffix,
     with_dictionaries,
 )
 
@@ -65,6 +66,7 @@ def faithfulness(
     from subcircuit.analysis.evaluation import evaluate_circuit
     from subcircuit.engine.threads import suitable_threads
 
+    check_suffix(figure, ".svg")
     saved = load_circuits([] if circuit_file is None else [circuit_file])
     loaded = with_dictionaries(sc.load(model, dtype=dtype, device=device), dictionaries, hooks)
     warn_of_other_model(saved, loaded)
@@ -74,6 +76,7 @@ def faithfulness(
         circuit = saved.get(circuit_file) if circuit_file else None
         if circuit is None:
             circuit = sc.discover(loaded, prompts, progress=lambda done, total: progress("pruning", done, total))
+            warn_of_empty(circuit)
         found = evaluate_circuit(ablation, circuit, n_knockouts=n_knockouts, greedy=greedy, seed=seed)
         scores = sc.sweep(loaded, prompts, ablation.nodes, source=source, metric=metric.value)
         curve = ablation_curve(ablation, node_ranking(scores), seed=seed)
@@ -88,7 +91,7 @@ def faithfulness(
                 progress=lambda done, total: progress("random circuits", done, total),
             )
     if figure is not None:
-        _write_figure(figure, curve, task)
+        write_text(figure, _figure(curve, task), silent=quiet or as_json)
     if as_json:
         print(json.dumps(_values(circuit, found, curve, baseline)))
     else:
@@ -104,11 +107,10 @@ def _values(circuit: sc.Circuit, found: Evaluation, curve: Curve, baseline: Base
     }
 
 
-def _write_figure(file: Path, curve: Curve, task: str) -> None:
+def _figure(curve: Curve, task: str) -> str:
     from subcircuit.analysis.figures import curve_figure
-    from subcircuit.analysis.store import write_whole
 
-    write_whole(file, curve_figure({task: curve}, "Recovered by the most important nodes").encode("utf-8"))
+    return curve_figure({task: curve}, "Recovered by the most important nodes")
 
 
 def _print(circuit: sc.Circuit, found: Evaluation, curve: Curve, baseline: Baseline | None) -> None:

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 import subcircuit as sc
-from subcircuit.console import new_table, out, progress_bars
+from subcircuit.console import new_table, out, progress_bars, say_written
 from subcircuit.options import (
     DeviceOption,
     DtypeOption,
@@ -157,10 +157,11 @@ def train_dictionary(
     quality = sc.dictionary_quality(loaded, trained, held_out_rows(tokens))
     figures = {**asdict(quality), "loss_recovered": quality.loss_recovered}
     sc.save_dictionary(out_directory, trained, {"model_name": model, "training": asdict(settings), "quality": figures})
+    say_written(out_directory, silent=quiet or as_json)
     if as_json:
         print(json.dumps({"out": str(out_directory), "elapsed_s": elapsed_s, **figures}))
         return
-    out.print(f"{out_directory}: {size} features at {hook}, trained in {elapsed_s:.0f} s")
+    out.print(f"{size} features at {hook}, trained in {elapsed_s:.0f} s")
     table = new_table("", "")
     table.add_row("explained variance", f"{quality.explained_variance:.1%}")
     table.add_row("features active per token", f"{quality.l0:.1f}")

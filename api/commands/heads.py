@@ -10,7 +10,7 @@ import typer
 
 import subcircuit as sc
 from subcircuit.circuits import load_circuits, warn_of_other_model
-from subcircuit.console import new_table, out, progress_bars
+from subcircuit.console import new_table, out, progress_bars, write_figures
 from subcircuit.options import (
     TASKS,
     DeviceOption,
@@ -60,7 +60,6 @@ def heads(
 ) -> None:
     """Say what heads do in a task. The roles of those of a circuit, or of a model, with their evidence."""
     from subcircuit.analysis.heads import head_roles, repeated_measures, shared_roles
-    from subcircuit.analysis.store import write_whole
     from subcircuit.engine.threads import suitable_threads
 
     names = [name.strip() for name in tasks.split(",") if name.strip()]
@@ -86,11 +85,11 @@ def heads(
             )
             for name, task in built.items()
         }
-    shown = {name: _heads_of(name, each, circuits, top) for name, each in found.items()}
+    shown = {name: _heads_of(built[name].name, each, circuits, top) for name, each in found.items()}
     shared = [row for row in shared_roles(found) if not circuits or _is_in_all(row, shown)]
-    drawn = _figures(model, loaded.tokenizer, built, found, shown, bool(circuits)) if figures is not None else {}
-    for name, svg in drawn.items():
-        write_whole(figures / f"{name}.svg", svg.encode("utf-8"))  # type: ignore[operator]
+    if figures is not None:
+        drawn = _figures(model, loaded.tokenizer, built, found, shown, bool(circuits))
+        write_figures(figures, drawn, silent=quiet or as_json)
     if as_json:
         print(json.dumps({"model": model, "tasks": _values(found, shown), "shared_roles": shared}))
         return
@@ -98,8 +97,6 @@ def heads(
         _print_task(name, built[name], each, shown[name], circuits)
     if len(found) > 1:
         _print_shared(shared)
-    if drawn:
-        out.print(f"\nFigures: {len(drawn)} in {figures}")
 
 
 def _heads_of(task: str, found: HeadRoles, circuits: list[Circuit], top: int) -> Heads:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import subcircuit as sc
-from subcircuit.console import new_table, out
+from subcircuit.console import new_table, out, write_figures
 from subcircuit.options import (
     DeviceOption,
     DtypeOption,
@@ -49,7 +49,6 @@ def lens(
     """Read the prediction after every layer. When the answer takes over, and what adds to it directly."""
     from subcircuit.analysis.attribution import attribution
     from subcircuit.analysis.lens import lens as read_lens
-    from subcircuit.analysis.store import write_whole
     from subcircuit.engine.threads import suitable_threads
 
     where = positions_of(positions) or "last"
@@ -59,9 +58,9 @@ def lens(
         read = read_lens(loaded, prompts, positions=where, top=top)  # type: ignore[arg-type]
         terms = attribution(loaded, prompts, seed=seed)
     rows = terms.table(neurons)
-    drawn = _figures(read, rows) if figures is not None else {}
-    for name, svg in drawn.items():
-        write_whole(figures / f"{Path(task).stem}.{name}.svg", svg.encode("utf-8"))  # type: ignore[operator]
+    if figures is not None:
+        drawn = {f"{prompts.name}.{name}": svg for name, svg in _figures(read, rows).items()}
+        write_figures(figures, drawn, silent=as_json)
     if as_json:
         print(json.dumps({"model": model, **_values(read, terms, rows)}))
         return
@@ -69,8 +68,6 @@ def lens(
     if positions is not None:
         _print_positions(read)
     _print_direct(terms, rows, components)
-    if drawn:
-        out.print(f"\nFigures: {len(drawn)} in {figures}")
 
 
 def _figures(read: Lens, rows: list[dict[str, Any]]) -> dict[str, str]:

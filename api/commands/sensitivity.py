@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, cast
 import typer
 
 import subcircuit as sc
-from subcircuit.circuits import load_circuits, warn_of_other_model
+from subcircuit.circuits import load_circuits, warn_of_empty, warn_of_other_model
 from subcircuit.console import new_table, out, progress_bars
 from subcircuit.options import (
     CircuitOption,
@@ -78,6 +78,7 @@ def sensitivity(
                 threshold=threshold,
                 progress=lambda done, total: progress("pruning", done, total),
             )
+            warn_of_empty(circuit)
         found = conventions.sensitivity(
             loaded,
             draws,

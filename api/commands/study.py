@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import subcircuit as sc
-from subcircuit.console import new_table, out, progress_bars
+from subcircuit.console import new_table, out, progress_bars, say_written
 from subcircuit.options import (
     TASKS,
     DeviceOption,
@@ -103,6 +103,7 @@ def study(
     command = shlex.join(["subcircuit", *sys.argv[1:]])
     with progress_bars(quiet) as progress:
         run = sc.study(settings, str(out_dir), resume=resume, overwrite=overwrite, command=command, progress=progress)
+    say_written(run.path / "report.html", silent=quiet or as_json)
     if as_json:
         print(json.dumps({"out": str(run.path), "report": str(run.path / "report.html"), **_study_values(run)}))
     else:
@@ -147,10 +148,14 @@ def _print_study(run: RunDirectory) -> None:
         out.print(f"\n{name}", style="bold")
         table = new_table("task", "top-1", "heads", "MLPs", "score", "random, mean", "random, best")
         for task, circuit in found["circuits"].items():
-            baseline = circuit["random_scores"]
-            numbers = [circuit["score"], sum(baseline) / len(baseline), max(baseline)]
+            baseline = circuit["random_scores"]  # empty for a circuit without nodes
+            numbers = [
+                circuit["score"],
+                *((sum(baseline) / len(baseline), max(baseline)) if baseline else (None, None)),
+            ]
+            shown = ("–" if value is None else f"{value:.1f}" for value in numbers)
             sizes = len(circuit["heads"]), len(circuit["mlps"])
-            table.add_row(task, f"{circuit['accuracy']:.0%}", *map(str, sizes), *(f"{value:.1f}" for value in numbers))
+            table.add_row(task, f"{circuit['accuracy']:.0%}", *map(str, sizes), *shown)
         out.print(table)
         if len(found["circuits"]) > 1:
             heads = " ".join(f"{layer}.{head}" for layer, head in found["shared"]["heads"]) or "none"
@@ -158,4 +163,4 @@ def _print_study(run: RunDirectory) -> None:
             out.print(f"in every circuit: heads {heads}; MLPs {mlps}")
     for note in run.run["notes"]:
         out.print(f"note: {note}")
-    out.print(f"\n{sum(run.run['timings'].values()):.0f} s in all. Report: {run.path / 'report.html'}")
+    out.print(f"\n{sum(run.run['timings'].values()):.0f} s in all")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import shlex
@@ -12,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 import subcircuit as sc
-from subcircuit.console import new_table, out, progress_bars, write_csv
+from subcircuit.console import new_table, out, progress_bars, say_written, write_text
 from subcircuit.options import (
     BudgetOption,
     DeviceOption,
@@ -84,6 +85,7 @@ def sweep(
 ) -> None:
     """Patch every component in turn and measure its effect. On the logit difference, or on another metric."""
     from subcircuit.analysis.durable import durable_sweep
+    from subcircuit.analysis.records import csv_text
     from subcircuit.engine.threads import suitable_threads
 
     if metric is not Metric.logit_difference and (method is not SweepMethod.exact or screen is not None):
@@ -135,15 +137,16 @@ def sweep(
             options |= {"method": method.value, "steps": steps}
             scores = sc.gradient_scores(loaded, prompts, components, **options)
     rows = scores.table() if screening is not None else _with_q_values(scores, seed)
+    silent = quiet or as_json
     if csv_file is not None:
-        write_csv(csv_file, rows)
+        write_text(csv_file, csv_text(rows), silent)
+    elif folder is not None:
+        say_written(folder, silent)
     if as_json:
         found = {} if screening is None else {"screening": screening.summary()}
         print(json.dumps({"settings": scores.settings, **found, "sites": rows}))
     else:
         _print_scores(scores, screening, rows, top)
-        if target is not None:
-            out.print(f"All sites: {csv_file or target / 'scores.csv'}")
     _report_check(scores)
 
 
@@ -174,14 +177,30 @@ def _print_scores(scores: sc.Scores, screening: sc.Screening | None, rows: list[
         table.add_row(row["site"], f"{row['effect']:+.3f}", f"{row['standard_error']:.3f}", share, *q)
     out.print(table)
     if with_q and all(row["q"] is not None for row in rows):
-        n_called = sum(row["q"] <= CALLED for row in rows)
-        out.print(f"{n_called} of {len(rows)} sites have an effect, at a false discovery rate of {CALLED:.0%} (q)")
+        out.print(_called(rows, scores.effects.shape[1]))
     if scores.settings.get("n_halvings"):
         out.print(f"Memory ran out: chunks were halved {scores.settings['n_halvings']} times")
     if "check" in scores.settings:
         from subcircuit.analysis.check import Check
 
         out.print(f"Check: {Check(**scores.settings['check'])}")
+
+
+def _called(rows: list[dict[str, Any]], n_prompts: int) -> str:
+    """How many sites have an effect; or that so few prompts cannot tell, of any site or of few of them."""
+    from subcircuit.analysis.statistics import smallest_p
+
+    prompts = f"{n_prompts} prompt{'' if n_prompts == 1 else 's'}"
+    least = smallest_p(n_prompts)
+    if least > CALLED:
+        needed = next(n for n in itertools.count(n_prompts) if smallest_p(n) <= CALLED)
+        return f"With {prompts} no q-value can reach {CALLED}; at least {needed} prompts are needed"
+    n_called = sum(row["q"] <= CALLED for row in rows)
+    said = f"{n_called} of {len(rows)} sites have an effect, at a false discovery rate of {CALLED:.0%} (q)"
+    n_together = math.ceil(least * len(rows) / CALLED)
+    if n_called == 0 and n_together > 1:
+        said += f"; with {prompts} that takes at least {n_together} sites at once"
+    return said
 
 
 def _report_check(scores: sc.Scores) -> None:

@@ -14,11 +14,13 @@ from subcircuit.console import new_table, out
 from subcircuit.options import JsonOption, NOption, SeedOption, TemplateOption
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from subcircuit.analysis.tasks.cards import TaskCard
 
 
 def tasks(
-    name: Annotated[str | None, typer.Argument(metavar="TASK", help="A task; its card is shown.")] = None,
+    name: Annotated[str | None, typer.Argument(metavar="TASK", help="A task or its file; its card is shown.")] = None,
     model: Annotated[list[str] | None, typer.Option("--model", "-m", help="Measure a model on it.")] = None,
     n: NOption = 32,
     seed: SeedOption = 0,
@@ -69,6 +71,8 @@ def _print_list(as_json: bool) -> None:
 
 
 def _print_card(model: str, card: TaskCard) -> None:
+    from subcircuit.analysis.tasks.cards import N_EXAMPLES
+
     out.print(
         f"{card.name}\n\n{card.about.measures}\n\nCorrupted: {card.about.corrupted}\n\nSource: {card.about.source}\n"
     )
@@ -77,17 +81,34 @@ def _print_card(model: str, card: TaskCard) -> None:
     table.add_row("templates", card.template)
     table.add_row("prompts", f"{card.n}, seed {card.seed}")
     table.add_row("tokens per prompt", str(card.n_pos))
-    table.add_row("first difference", f"position {card.first_difference}")
+    has_corrupted = card.first_difference < card.n_pos
+    table.add_row("first difference", f"position {card.first_difference}" if has_corrupted else "–")
     for name, at in card.positions.items():
         table.add_row(f"positions of {name}", ", ".join(map(str, at)))
     table.add_row("top-1", f"{card.accuracy:.1%}")
-    table.add_row("logit difference", f"{card.logit_difference:.3f} (corrupted {card.corrupted_logit_difference:.3f})")
+    corrupted = card.corrupted_logit_difference
+    beside = "" if corrupted is None else f" (corrupted {corrupted:.3f})"
+    table.add_row("logit difference", f"{card.logit_difference:.3f}{beside}")
     table.add_row("probability difference", f"{card.probability_difference:.3f}")
     out.print(table)
-    for example in card.examples:
-        out.print(f"\nclean      {example['clean']!r}\ncorrupted  {example['corrupted']!r}")
+    for example in card.examples[:N_EXAMPLES]:
+        out.print(f"\nclean      {example['clean']!r}")
+        if example["corrupted"] is not None:
+            out.print(f"corrupted  {example['corrupted']!r}")
         out.print(f"answer     {_listed(example['answers'])}    wrong {_listed(example['wrongs'])}")
         out.print(f"tokens     {'|'.join(example['tokens'])!r}")
+    if len(card.examples) > N_EXAMPLES:
+        out.print()
+        out.print(_rows(card))
+
+
+def _rows(card: TaskCard) -> Table:
+    """Every row of a file, numbered as its errors number them."""
+    table = new_table("row", "clean", "corrupted", "answer", "wrong")
+    for i, example in enumerate(card.examples, start=1):
+        prompts = (example["clean"], "–" if example["corrupted"] is None else example["corrupted"])
+        table.add_row(str(i), *prompts, _listed(example["answers"]), _listed(example["wrongs"]))
+    return table
 
 
 def _listed(words: list[str]) -> str:

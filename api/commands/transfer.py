@@ -11,8 +11,17 @@ import typer
 
 import subcircuit as sc
 from subcircuit.circuits import load_circuits, warn_of_other_model
-from subcircuit.console import new_table, out, progress_bars
-from subcircuit.options import DeviceOption, DtypeOption, JsonOption, ModelOption, NOption, QuietOption, SeedOption
+from subcircuit.console import new_table, out, progress_bars, write_text
+from subcircuit.options import (
+    DeviceOption,
+    DtypeOption,
+    JsonOption,
+    ModelOption,
+    NOption,
+    QuietOption,
+    SeedOption,
+    check_suffix,
+)
 
 if TYPE_CHECKING:
     from subcircuit.analysis.circuit import Circuit
@@ -33,7 +42,8 @@ def transfer(
         list[str] | None, typer.Option("--heads", help="A sub-circuit by its heads, such as a1.h0,a3.h2.")
     ] = None,
     kinds: Annotated[
-        str, typer.Option("--kinds", "-k", help="Joined by commas: interval_2, date_problems, months, …; or all.")
+        str,
+        typer.Option("--kinds", "-k", help="interval_2, months, mine.csv, … joined by commas; or all."),
     ] = "all",
     n: NOption = 32,
     seed: SeedOption = 0,
@@ -48,10 +58,10 @@ def transfer(
     quiet: QuietOption = False,
 ) -> None:
     """Ablate a circuit's heads and let the model go on. Does it still count, add, list months?"""
-    from subcircuit.analysis.store import write_whole
     from subcircuit.analysis.transfer_figures import transfer_figure
     from subcircuit.engine.threads import suitable_threads
 
+    check_suffix(figure_file, ".svg")
     saved = load_circuits(circuit or [])
     circuits = _circuits(saved, heads or [])
     loaded = sc.load(model, dtype=dtype, device=device)
@@ -69,13 +79,11 @@ def transfer(
         )
     if figure_file is not None:
         title = f"{model}: right answers without a circuit's heads"
-        write_whole(figure_file, transfer_figure(found.table(), title).encode("utf-8"))
+        write_text(figure_file, transfer_figure(found.table(), title), silent=quiet or as_json)
     if as_json:
         print(json.dumps({"model": model, "ablation": found.ablation, "heads": found.heads, "kinds": _values(found)}))
         return
     _print(found)
-    if figure_file is not None:
-        out.print(f"\nFigure: {figure_file}")
 
 
 def _circuits(saved: dict[Path, Circuit], heads: list[str]) -> dict[str, Circuit]:
@@ -114,13 +122,14 @@ def _print(found: Transfer) -> None:
     stands_in = "0" if found.ablation == "zero" else "their mean"
     out.print(f"\nHeads' outputs replaced by {stands_in}. Shares are of the prompts that the whole model answers.\n")
     table = new_table("kind", "circuit", "answered", "still right", "95 %", "random heads", "95 %", "worst", "p")
-    for row in found.table():
+    for row in [row for row in found.table() if row["n_answered"]]:
         answered = f"{row['n_answered']}/{row['n_asked']}"
         intervals = [_interval(row, which) for which in ("share", "random")]
         p = "–" if row["p"] is None else f"{row['p']:.2f}"
         shares = _percent(row["share"]), intervals[0], _percent(row["random"]), intervals[1]
         table.add_row(row["kind"], row["circuit"], answered, *shares, _percent(row["random_least"]), p)
-    out.print(table)
+    if table.row_count:
+        out.print(table)
     silent = [kind.kind for kind in found.kinds if not kind.prompts]
     if silent:
         out.print(f"\nThe whole model continues no prompt of {', '.join(silent)} rightly: nothing to compare.")

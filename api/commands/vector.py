@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 import subcircuit as sc
+from subcircuit.console import say_written
 from subcircuit.options import DeviceOption, DtypeOption, ModelOption
 
 
@@ -28,4 +29,5 @@ def vector(
     loaded = sc.load(model, dtype=dtype, device=device)
     found = sc.mean_difference(loaded, site, towards, away_from, None if everywhere else position)
     save_vector(file, found, {"model": model, "site": site})
-    print(f"{file}: {len(found)} entries, norm {float(found.norm()):.3f}; use it as --steer {file}@{site}")
+    say_written(file, silent=False)
+    print(f"{len(found)} entries, norm {float(found.norm()):.3f}; use it as --steer {file}@{site}")

@@ -284,7 +284,7 @@ def test_two_models_of_one_folder_name_do_not_share_their_files():
         "a-model-2",
         "a-model-3",
         "tiny-gpt2",
-        "model",
+        "unnamed",
         "a-model-2-2",
     ]
 
