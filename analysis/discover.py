@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
+
+import torch
 
 from subcircuit.analysis.acdc import acdc
 from subcircuit.analysis.circuit import Circuit
 from subcircuit.analysis.eap import EdgeMethod, edge_scores
+from subcircuit.analysis.edge_ablation import EdgeAblation
 from subcircuit.analysis.edge_masks import edge_mask_circuit
 from subcircuit.analysis.gates import Learning
 from subcircuit.analysis.masks import mask_circuit
 from subcircuit.analysis.pruning import prune_nodes
+from subcircuit.analysis.statistics import rank_correlation
 from subcircuit.analysis.tasks import Task
 from subcircuit.engine.errors import PatchError
 from subcircuit.engine.model import HookedTransformer
 from subcircuit.engine.patching import Source
+from subcircuit.engine.patching.options import Executor, Precision
 
 
 def strongest_edges(
@@ -29,14 +35,20 @@ def strongest_edges(
     threshold: float | None = None,
     source: Source = "corrupted",
     steps: int | None = None,
-    precision: str = "fp32",
+    verify: bool = False,
+    executor: Executor = "torch",
+    precision: Precision = "fp32",
     budget_bytes: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Circuit:
     """The circuit of the edges with the largest scores by EAP or EAP-IG: `n_edges` of them, or all from `threshold` on.
 
-    `steps` are EAP-IG's, 5 if left out. Raises PatchError unless exactly one of `n_edges` and `threshold` is given, and
-    for steps of EAP.
+    `steps` are EAP-IG's, 5 if left out. The circuit's `score` is exact: what its edges alone keep (`EdgeAblation`).
+    With `verify`, its `edge_scores` are too: the points that each edge's patch costs the full model, in place of what
+    the gradients say (`verified`).
+
+    Raises PatchError unless exactly one of `n_edges` and `threshold` is given, and for steps of EAP; TaskError when the
+    model does not do the task.
     """
     if method == "eap" and steps is not None:
         raise PatchError(f"steps {steps} mean nothing to 'eap', which takes one gradient; expected them with 'eap-ig'")
@@ -50,7 +62,25 @@ def strongest_edges(
         budget_bytes=budget_bytes,
         progress=progress,
     )
-    return scores.circuit(n_edges, threshold=threshold)
+    circuit = scores.circuit(n_edges, threshold=threshold)
+    exactly: dict[str, Any] = {"source": source, "executor": executor, "precision": precision}
+    ablation = EdgeAblation(model, task, budget_bytes=budget_bytes, **exactly)
+    circuit = replace(circuit, score=ablation.score_of(circuit.edges))
+    return verified(circuit, ablation) if verify else circuit
+
+
+def verified(circuit: Circuit, ablation: EdgeAblation) -> Circuit:
+    """A circuit whose `edge_scores` are estimates, with the points that the patch of each edge alone costs the full
+    model instead; `settings["verified"]` has the rank correlation of the two, and the share with the same sign."""
+    full, *without = ablation.scores([(), *([edge] for edge in circuit.edges)])
+    exact = torch.tensor([full - score for score in without], dtype=torch.float64)
+    estimated = torch.tensor([circuit.edge_scores[edge] for edge in circuit.edges], dtype=torch.float64)
+    agreement = {
+        "rank_correlation": float(rank_correlation(estimated, exact)),
+        "same_sign": float((estimated.sign() == exact.sign()).double().mean()),
+    }
+    points = dict(zip(circuit.edges, exact.tolist(), strict=True))
+    return replace(circuit, edge_scores=points, settings={**circuit.settings, "verified": agreement})
 
 
 METHODS: dict[str, Callable[..., Circuit]] = {

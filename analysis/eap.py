@@ -85,6 +85,9 @@ class EdgeScores:
         taken (Hanna et al. 2024), so that it keeps more of what it takes. What remains may be fewer edges than
         `settings["n_taken"]` were taken.
 
+        Its `edge_scores` are estimates of what each edge's patch costs, in points of the mean clean metric where that
+        is known and positive, else in logits.
+
         Raises PatchError unless exactly one of `n_edges` and `threshold` is given, in range.
         """
         if (n_edges is None) == (threshold is None) or selection not in get_args(Selection):
@@ -100,6 +103,7 @@ class EdgeScores:
         return Circuit.of_nodes(
             {sender for sender, _ in edges} - {INPUT},
             edges=tuple(edges),
+            edge_scores=self._points(edges),
             model=self.settings["model"],
             task=self.settings["task"],
             method=self.settings["method"],
@@ -111,6 +115,11 @@ class EdgeScores:
                 "n_taken": len(chosen),
             },
         )
+
+    def _points(self, edges: Iterable[Edge]) -> dict[Edge, float]:
+        full = float(self.clean_metric.mean()) if self.clean_metric.numel() else 0.0
+        scale = -100 / full if full > 0 else -1.0
+        return {edge: scale * self.of(edge) for edge in edges}
 
 
 def edge_scores(

@@ -80,6 +80,20 @@ def discover(
             help="With --edges: one stays if its patch leaves less than this share of the logit difference, 0.8."
         ),
     ] = None,
+    freeze: Annotated[
+        str | None,
+        typer.Option(help="With --edges: held fixed on the way: heads, heads+mlps (the direct edge alone) or none."),
+    ] = None,
+    relative_to: Annotated[
+        str | None, typer.Option(help="With --edges: the logit difference of the full model or of the circuit.")
+    ] = None,
+    from_input: Annotated[
+        bool, typer.Option("--from-input", help="With --edges: those from the embeddings are judged too.")
+    ] = False,
+    same_layer: Annotated[
+        bool, typer.Option("--same-layer", help="With --edges: those from heads to the MLP beside them are judged too.")
+    ] = False,
+    verify: Annotated[bool, typer.Option("--verify", help="Patch every edge kept exactly: eap, eap-ig.")] = False,
     precision: Annotated[Precision | None, typer.Option(help="Of the products of differences: fp32.")] = None,
     executor: Annotated[Executor | None, typer.Option(help="torch, triton (on a GPU) or reference.")] = None,
     dtype: DtypeOption = "float32",
@@ -107,6 +121,7 @@ def discover(
         first=first,
         max_sweeps=max_sweeps,
         steps=steps,
+        verify=verify or None,
     )
     if method in ("masks", "edge-masks"):
         asked["seed"] = seed
@@ -120,8 +135,16 @@ def discover(
         raise typer.BadParameter("--edges leads between heads and MLPs; expected no --dictionary with it")
     if edges and method in _OF_EDGES:
         raise typer.BadParameter(f"method {method!r} finds edges itself; expected --edges with prune or masks")
-    if edge_threshold is not None and not edges:
-        raise typer.BadParameter("--edge-threshold is of edges that are pruned; expected --edges with it")
+    of_edges = _given(
+        threshold=edge_threshold,
+        freeze=freeze,
+        relative_to=relative_to,
+        from_input=from_input or None,
+        same_layer=same_layer or None,
+    )
+    if of_edges and not edges:
+        flag = "--edge-threshold" if "threshold" in of_edges else _flag(next(iter(of_edges)))
+        raise typer.BadParameter(f"{flag} is of edges that are pruned; expected --edges with it")
     loaded = with_dictionaries(sc.load(model, dtype=dtype, device=device), dictionaries, hooks)
     prompts = sc.task(task, loaded, n=n, seed=seed, template=template, filter=only_answered)
     with progress_bars(quiet) as progress, suitable_threads(loaded):
@@ -139,7 +162,8 @@ def discover(
                 circuit,
                 both_sides=both_sides,
                 progress=lambda done, total: progress("paths", done, total),
-                **_given(**how, threshold=edge_threshold),
+                **_given(**how),
+                **of_edges,
             )
     if circuit_file is not None:
         text = circuit_text(circuit, circuit_file.suffix, loaded.config.group_size)
@@ -153,12 +177,23 @@ _WHAT = {"prune": "pruning", "masks": "learning", "edge-masks": "learning"}
 
 
 def _described(circuit: sc.Circuit) -> str:
-    """The circuit, and how many of the edges that its method took are not in it."""
+    """The circuit, with what its method says of its edges: which are lost, how exact they are, what they score."""
+    lines = [str(circuit)]
     n_taken = circuit.settings.get("n_taken", 0)
     n_lost = n_taken - len(circuit.edges)
-    if n_lost <= 0:
-        return str(circuit)
-    return f"{circuit}\nwithout {n_lost} of the {n_taken} edges taken: no path of these joins them to input and logits"
+    if n_lost > 0:
+        lines.append(f"without {n_lost} of the {n_taken} edges taken: no path of these joins them to input and logits")
+    if verified := circuit.settings.get("verified"):
+        lines.append(
+            f"exact effects of its edges: rank correlation with the gradients' {verified['rank_correlation']:.2f}, "
+            f"{verified['same_sign']:.0%} with the same sign"
+        )
+    if how := circuit.settings.get("edges"):
+        lines.append(
+            f"{len(circuit.edges)} of {how['n_candidates']} edges matter; without the others the score is "
+            f"{how['score']:.1f}"
+        )
+    return "\n".join(lines)
 
 
 def _asked(method: str, **options: Any) -> dict[str, Any]:
