@@ -243,9 +243,9 @@ def lens_stage(subject: Subject, progress: Progress) -> Section:
             )
     parts = sorted((row for row in rows if row["kind"] != "neuron"), key=lambda row: -abs(row["direct"]))
     table = Table(
-        "What adds to logit(answer) − logit(wrong answer) directly.",
-        ("component", "logits", "± s.e."),
-        [[row["component"], row["direct"], row["standard_error"]] for row in parts[:N_ROWS]],
+        "What adds to logit(answer) − logit(wrong answer) directly, with 95 % intervals over prompts.",
+        ("component", "logits", "low", "high"),
+        [[row["component"], row["direct"], row["low"], row["high"]] for row in parts[:N_ROWS]],
     )
     task = words(subject.task.name)
     figures = {

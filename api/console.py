@@ -18,7 +18,7 @@ err = Console(stderr=True, markup=False, highlight=False)
 
 
 _NUMBERS = (
-    *("effect", "± s.e.", "share", "top-1", "heads", "MLPs", "score", "random, mean", "random, best"),
+    *("effect", "95 %", "share", "top-1", "heads", "MLPs", "score", "random, mean", "random, best"),
     *("sites", "products", "attention", "q"),
 )
 
@@ -28,6 +28,12 @@ def new_table(*columns: str) -> Table:
     for column in columns:
         table.add_column(column, justify="right" if column in _NUMBERS else "left", no_wrap=column == "name")
     return table
+
+
+def interval(row: dict[str, Any], prefix: str = "", form: str = "+.3f") -> str:
+    """The ends of a row's interval as `[+0.10, +0.15]`; a dash where it has none."""
+    low, high = row[f"{prefix}low"], row[f"{prefix}high"]
+    return "–" if low is None else f"[{low:{form}}, {high:{form}}]"
 
 
 def write_csv(file: Path, rows: list[dict[str, Any]]) -> None:
