@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -30,10 +30,15 @@ def new_table(*columns: str) -> Table:
     return table
 
 
-def interval(row: dict[str, Any], prefix: str = "", form: str = "+.3f") -> str:
-    """The ends of a row's interval as `[+0.10, +0.15]`; a dash where it has none."""
+def interval(ends: Sequence[float] | None, form: str = "+.3f") -> str:
+    """An interval as `[+0.10, +0.15]`; a dash for none."""
+    return "–" if ends is None else f"[{', '.join(format(end, form) for end in ends)}]"
+
+
+def interval_of(row: dict[str, Any], prefix: str = "", form: str = "+.3f") -> str:
+    """The same of a row of a table, from its columns `low` and `high` after a prefix."""
     low, high = row[f"{prefix}low"], row[f"{prefix}high"]
-    return "–" if low is None else f"[{low:{form}}, {high:{form}}]"
+    return interval(None if low is None else (low, high), form)
 
 
 def write_csv(file: Path, rows: list[dict[str, Any]]) -> None:

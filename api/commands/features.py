@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 import subcircuit as sc
-from subcircuit.console import interval, new_table, out, progress_bars
+from subcircuit.console import interval_of, new_table, out, progress_bars
 from subcircuit.options import (
     DeviceOption,
     DtypeOption,
@@ -96,7 +96,7 @@ def features(
     for row in rows[:top]:
         share = "–" if row["share"] is None else f"{row['share']:+.1%}"
         fires = ", ".join(f"{each['token']!r} {each['share']:.0%}" for each in row["fires_on"])
-        table.add_row(row["site"], f"{row['effect']:+.3f}", interval(row), share, fires)
+        table.add_row(row["site"], f"{row['effect']:+.3f}", interval_of(row), share, fires)
     out.print(table)
 
 

@@ -10,7 +10,7 @@ import typer
 
 import subcircuit as sc
 from subcircuit.circuits import load_circuits, warn_of_other_model
-from subcircuit.console import interval, new_table, out, progress_bars
+from subcircuit.console import interval_of, new_table, out, progress_bars
 from subcircuit.options import (
     TASKS,
     DeviceOption,
@@ -159,7 +159,7 @@ def _print_task(name: str, task: Task, found: HeadRoles, heads: Heads, circuits:
     for row in profiles:
         numbers = [row["to_previous_member"], row["last_to_newest"], *row["ov"].values()]
         numbers += [row["qk_similar"], row["qk_last"]]
-        direct = f"{row['direct']:+.3f}", interval(row, "direct_")
+        direct = f"{row['direct']:+.3f}", interval_of(row, "direct_")
         table.add_row(row["head"], *("–" if value is None else f"{value:.2f}" for value in numbers), *direct)
     out.print(table)
 

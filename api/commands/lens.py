@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import subcircuit as sc
-from subcircuit.console import interval, new_table, out
+from subcircuit.console import interval_of, new_table, out
 from subcircuit.options import (
     DeviceOption,
     DtypeOption,
@@ -116,9 +116,9 @@ def _print_stages(read: Lens) -> None:
     table = new_table(*columns, "lead", "95 %", "commonest token")
     for row in read.table():
         ranks = f"{row['answer_rank']:.0f}", f"{row['rival_rank']:.0f}"
-        ends = [interval(row, f"{name}_", ".2f") for name in ("answer", "rival")]
+        ends = [interval_of(row, f"{name}_", ".2f") for name in ("answer", "rival")]
         likely = f"{row['answer']:.2f}", ends[0], f"{row['rival']:.2f}", ends[1]
-        lead = f"{row['lead']:+.2f}", interval(row, "lead_", "+.2f")
+        lead = f"{row['lead']:+.2f}", interval_of(row, "lead_", "+.2f")
         commonest = f"{row['commonest']!r} {row['commonest_share']:.0%}"
         table.add_row(_stage(row["stage"]), f"{row['top1']:.0%}", *likely, *ranks, *lead, commonest)
     out.print(table)
@@ -163,7 +163,7 @@ def _print_direct(terms: Attribution, rows: list[dict[str, Any]], n_components: 
     parts = sorted((row for row in rows if row["kind"] != "neuron"), key=lambda row: -abs(row["direct"]))
     for row in [*parts[:n_components], *(row for row in rows if row["kind"] == "neuron")]:
         share = "–" if row["share"] is None else f"{row['share']:+.1%}"
-        table.add_row(row["component"], f"{row['direct']:+.3f}", interval(row), share)
+        table.add_row(row["component"], f"{row['direct']:+.3f}", interval_of(row), share)
     rest = float((terms.embeddings + terms.attn_bias.sum(0) + terms.norm_bias).mean())
     table.add_row("embeddings and biases", f"{rest:+.3f}", "", "")
     out.print(table)

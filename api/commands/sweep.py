@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 import subcircuit as sc
-from subcircuit.console import interval, new_table, out, progress_bars, write_csv
+from subcircuit.console import interval_of, new_table, out, progress_bars, write_csv
 from subcircuit.options import (
     BudgetOption,
     DeviceOption,
@@ -171,7 +171,7 @@ def _print_scores(scores: sc.Scores, screening: sc.Screening | None, rows: list[
     for row in sorted(rows, key=lambda row: -abs(row["effect"]))[:top]:
         share = "–" if row["share"] is None else f"{row['share']:+.1%}"
         q = ["–" if row["q"] is None else f"{row['q']:.2g}"] if with_q else []
-        table.add_row(row["site"], f"{row['effect']:+.3f}", interval(row), share, *q)
+        table.add_row(row["site"], f"{row['effect']:+.3f}", interval_of(row), share, *q)
     out.print(table)
     if with_q and all(row["q"] is not None for row in rows):
         n_called = sum(row["q"] <= CALLED for row in rows)
