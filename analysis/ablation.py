@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from subcircuit.analysis.circuit import Circuit
+from subcircuit.analysis.statistics import Interval, percentile_interval, resampled_means
 from subcircuit.analysis.tasks import Task
 from subcircuit.engine.errors import TaskError
 from subcircuit.engine.model import HookedTransformer
@@ -112,6 +113,17 @@ class ItemAblation(ABC, Generic[Item]):
     def scores(self, removed: Sequence[Iterable[Item]], base: Iterable[Item] = ()) -> list[float]:
         """Score of each set of removed items, on top of those of `base`."""
         return (100 * self.share(self.values(removed, base).mean(1), self.clean.mean())).tolist()
+
+    def score_intervals(self, values: Float[Tensor, "*set prompt"], *, seed: int = 0) -> Interval:
+        """Scores of sets whose metric per prompt is `values`, with their 95 % bootstrap intervals over prompts."""
+        return percentile_interval(*self.resampled_scores(values, seed=seed))
+
+    def resampled_scores(
+        self, values: Float[Tensor, "*set prompt"], *, seed: int = 0
+    ) -> tuple[Float[Tensor, "*set"], Float[Tensor, "*set resample"]]:
+        """Scores on all prompts, and on each resample of them, relative to the full model on the same ones."""
+        drawn, full = (resampled_means(part, seed=seed) for part in (values, self.clean))
+        return 100 * self.share(values.mean(-1), self.clean.mean()), 100 * self.share(drawn, full)
 
     def share(self, ablated: Float[Tensor, "*any"], full: Float[Tensor, "*any"]) -> Float[Tensor, "*any"]:
         """What is left of the full model, 1 for all of it, by mean metrics of the ablated and of the full one."""

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from subcircuit.analysis.measures import Measure, chance_threshold, top_heads
 from subcircuit.analysis.metrics import logit_difference
+from subcircuit.analysis.statistics import interval_columns
 from subcircuit.analysis.tasks import Task
 from subcircuit.engine.blocks import Block
 from subcircuit.engine.model import HookedTransformer
@@ -56,15 +57,14 @@ class Attribution:
         return Measure("direct effect", self.heads.mean(-1), baseline, threshold, what)
 
     def table(self, top_neurons: int = 0) -> list[dict[str, Any]]:
-        """A row per head and MLP, and for the neurons with the largest terms: name, mean, standard error, share."""
+        """A row per head and MLP, and for the neurons with the largest terms: name, mean with the ends of its 95 %
+        bootstrap interval over prompts (None of one prompt), share."""
         whole = float(self.logit_difference.mean())
-        rows = []
+        places, terms = [], []
 
         def add(name: str, kind: str, layer: int, index: int, values: Tensor) -> None:
-            error = float(values.std() / len(values) ** 0.5) if len(values) > 1 else 0.0
-            mean = float(values.mean())
-            place = {"component": name, "kind": kind, "layer": layer, "index": index}
-            rows.append({**place, "direct": mean, "standard_error": error, "share": mean / whole if whole else None})
+            places.append({"component": name, "kind": kind, "layer": layer, "index": index})
+            terms.append(values)
 
         for layer in range(len(self.mlps)):
             for head in range(self.heads.shape[1]):
@@ -72,7 +72,12 @@ class Attribution:
             add(f"m{layer}", "mlp", layer, 0, self.mlps[layer])
         for layer, neuron, _ in top_heads(self.neurons.mean(-1).abs(), top_neurons) if top_neurons else ():
             add(f"m{layer}.n{neuron}", "neuron", layer, neuron, self.neurons[layer, neuron])
-        return rows
+        values = torch.stack(terms)
+        means, ends = values.mean(1).tolist(), interval_columns(values)
+        return [
+            {**place, "direct": mean, **interval, "share": mean / whole if whole else None}
+            for place, mean, interval in zip(places, means, ends, strict=True)
+        ]
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ from subcircuit.analysis.circuit import Circuit, intersection, union
 from subcircuit.analysis.depth import DepthAlignment, align_depths
 from subcircuit.analysis.faithfulness import Ablation
 from subcircuit.analysis.overlap import Overlap, check_circuit, overlaps
+from subcircuit.analysis.statistics import Interval
 from subcircuit.engine.config import ModelConfig
 from subcircuit.engine.errors import PatchError
 from subcircuit.engine.patching import Component
@@ -122,13 +123,18 @@ def jaccard_matrix(
 
 
 def cross_task_scores(
-    ablations: Sequence[Ablation], circuits: Sequence[Circuit], progress: Callable[[int, int], None] | None = None
-) -> Float[Tensor, "task circuit"]:
-    """Score of every circuit on every task: row a task (its ablation), column a circuit, as in the paper's table."""
-    table = torch.empty(len(ablations), len(circuits), dtype=torch.float64)
+    ablations: Sequence[Ablation],
+    circuits: Sequence[Circuit],
+    progress: Callable[[int, int], None] | None = None,
+    *,
+    seed: int = 0,
+) -> Interval:
+    """Score of every circuit on every task `[task, circuit]`, as in the paper's table, each with its 95 % bootstrap
+    interval over the task's prompts."""
+    rows = []
     for row, ablation in enumerate(ablations):
         removed = [ablation.complement(set(circuit.nodes)) for circuit in circuits]
-        table[row] = torch.tensor(ablation.scores(removed), dtype=torch.float64)
+        rows.append(ablation.score_intervals(ablation.values(removed), seed=seed))
         if progress is not None:
             progress(row + 1, len(ablations))
-    return table
+    return Interval(*map(torch.stack, zip(*rows, strict=True)))

@@ -7,6 +7,8 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
+from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.collections import PathCollection
@@ -123,6 +125,16 @@ def stacked(name: str) -> str:
 def inches(names: Sequence[str]) -> float:
     """Width that the longest line of some names needs."""
     return LETTER_INCHES * max((len(line) for name in names for line in name.split("\n")), default=0)
+
+
+def interval_errors(
+    values: Sequence[float], ends: Sequence[tuple[float | None, float | None]]
+) -> Float[np.ndarray, "2 value"]:
+    """Lengths of error bars below and above values whose intervals have these ends; 0 where there is no interval."""
+    lows, highs = np.array(ends, dtype=float).reshape(-1, 2).T
+    # Resampling may leave a mean a rounding error outside its interval.
+    lengths: np.ndarray = np.nan_to_num(np.clip([values - lows, highs - values], 0, None))
+    return lengths
 
 
 def svg_text(figure: Figure) -> str:

@@ -26,13 +26,7 @@ from torch import Tensor
 from subcircuit.analysis.ablation import Item, ItemAblation
 from subcircuit.analysis.circuit import Circuit
 from subcircuit.analysis.curves import Evaluate
-from subcircuit.analysis.statistics import (
-    Interval,
-    bootstrap_mean,
-    bootstrap_ratio,
-    percentile_interval,
-    resampled_means,
-)
+from subcircuit.analysis.statistics import Interval, bootstrap_mean, bootstrap_ratio
 from subcircuit.engine.errors import PatchError
 
 
@@ -168,16 +162,13 @@ def evaluate_circuit(
     rest = ablation.complement(set(items))
     values = ablation.kept_values([everything, items, rest, ()])
     scale = Scale(values[0], values[3], seed)
-    means, drawn = values[:2].mean(1), resampled_means(values[:2], seed=seed)
-    full, kept = ((means[i], drawn[i]) for i in (0, 1))
-    score = percentile_interval(100 * ablation.share(kept[0], full[0]), 100 * ablation.share(kept[1], full[1]))
     parts = random_parts(items, n_knockouts, seed)
     if greedy:
         parts += greedy_parts(ablation.kept_values, everything, items, greedy)
     return Evaluation(
         metric=bootstrap_mean(values, seed=seed),
         values=values,
-        score=score,
+        score=ablation.score_intervals(values[1], seed=seed),
         recovered=scale.recovered(values[1]),
         destroyed=scale.points(values[0] - values[2]),
         drops=drops(ablation.kept_values, items, scale, asked),

@@ -10,6 +10,7 @@ from typing import Any
 from subcircuit.analysis.ablation import ItemAblation
 from subcircuit.analysis.circuit import Circuit
 from subcircuit.analysis.nodes import candidate_nodes, check_nodes, random_nodes
+from subcircuit.analysis.statistics import percentile_interval
 from subcircuit.analysis.tasks import Task
 from subcircuit.engine.errors import PatchError
 from subcircuit.engine.model import HookedTransformer
@@ -120,9 +121,12 @@ def score(
     return ablation.score_of(set(circuit.nodes))
 
 
-def node_drops(ablation: Ablation, circuit: Circuit) -> dict[str, float]:
-    """Points of score that the circuit loses when each of its nodes is ablated as well, by node name."""
+def node_drops(ablation: Ablation, circuit: Circuit, *, seed: int = 0) -> dict[str, tuple[float, float, float]]:
+    """Points of score that the circuit loses when each of its nodes is ablated as well, by node name: the mean, and the
+    ends of its 95 % bootstrap interval over prompts."""
     nodes = circuit.nodes
     outside = ablation.complement(set(nodes))
-    whole, *without = ablation.scores([(), *([node] for node in nodes)], base=outside)
-    return {str(node): whole - lower for node, lower in zip(nodes, without, strict=True)}
+    values = ablation.values([(), *([node] for node in nodes)], base=outside)
+    scores, drawn = ablation.resampled_scores(values, seed=seed)
+    found = percentile_interval(scores[0] - scores[1:], drawn[0] - drawn[1:])
+    return {str(node): found.at(i) for i, node in enumerate(nodes)}

@@ -30,6 +30,7 @@ from subcircuit.analysis.drawing import (
     boxed,
     colour_bar_axes,
     inches,
+    interval_errors,
     marks,
     segments,
     stacked,
@@ -110,9 +111,14 @@ def overlay_figure(circuits: Mapping[str, Circuit], n_layers: int, n_heads: int,
 
 
 def matrix_figure(
-    values: Sequence[Sequence[float]], rows: Sequence[str], columns: Sequence[str], title: str, fmt: str = "{:.2f}"
+    values: Sequence[Sequence[float]],
+    rows: Sequence[str],
+    columns: Sequence[str],
+    title: str,
+    fmt: str = "{:.2f}",
+    intervals: Sequence[Sequence[Sequence[float] | None]] | None = None,
 ) -> str:
-    """A small matrix [row, column] with its numbers written in the cells."""
+    """A small matrix [row, column] with its numbers written in the cells, and their intervals below them."""
     grid = np.asarray(values, float).reshape(len(rows), len(columns))
     finite = grid[np.isfinite(grid)]
     low = min(0.0, float(finite.min(initial=0.0)))
@@ -128,7 +134,11 @@ def matrix_figure(
         for (row, column), value in np.ndenumerate(grid):
             text = fmt.format(value).replace("-", "−") if math.isfinite(value) else "–"
             ink = "white" if value > low + 0.7 * (high - low) else INK
-            axes.text(column + 0.5, row + 0.5, text, ha="center", va="center", color=ink)
+            ends = intervals[row][column] if intervals is not None else None
+            axes.text(column + 0.5, row + (0.36 if ends else 0.5), text, ha="center", va="center", color=ink)
+            if ends:
+                below = " to ".join(map(fmt.format, ends)).replace("-", "−")
+                axes.text(column + 0.5, row + 0.76, below, ha="center", va="center", color=ink, fontsize=6.5)
         return svg_text(figure)
 
 
@@ -193,8 +203,13 @@ def _p_text(p: float) -> str:
     return f"p {factor} · 10⁻{str(int(power)).translate(_RAISED)}"
 
 
-def drops_figure(drops: Mapping[str, float], title: str, n_most: int = 30) -> str:
-    """Points of score that a circuit loses without each of its nodes, the dearest first."""
+def drops_figure(
+    drops: Mapping[str, float],
+    title: str,
+    intervals: Mapping[str, tuple[float, float] | None] | None = None,
+    n_most: int = 30,
+) -> str:
+    """Points of score that a circuit loses without each of its nodes, the dearest first, with their intervals."""
     dearest = sorted(drops.items(), key=lambda item: -item[1])[:n_most]
     more = f" (the {n_most} dearest of {len(drops)})" if len(drops) > n_most else ""
     with mpl.rc_context(STYLE):
@@ -202,7 +217,10 @@ def drops_figure(drops: Mapping[str, float], title: str, n_most: int = 30) -> st
         for kind, colour in (("head", PALETTE[0]), ("MLP", PALETTE[1])):
             at = [x for x, (node, _) in enumerate(dearest) if node.startswith("m") == (kind == "MLP")]
             if at:
-                axes.bar(at, [dearest[x][1] for x in at], color=colour, width=0.72, label=kind)
+                heights = [dearest[x][1] for x in at]
+                ends = [(intervals or {}).get(dearest[x][0]) or (None, None) for x in at]
+                errors = interval_errors(heights, ends)
+                axes.bar(at, heights, 0.72, color=colour, yerr=errors, ecolor=SOFT, capsize=1.5, label=kind)
         axes.axhline(0, color=SOFT, linewidth=0.6)
         axes.set_xticks(range(len(dearest)), [node for node, _ in dearest], rotation=60, fontsize=8)
         axes.set_xlim(-0.6, max(len(dearest), 10) - 0.4)

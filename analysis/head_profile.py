@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from subcircuit.analysis.heads import HeadRoles
+from subcircuit.analysis.statistics import interval_columns
 from subcircuit.engine.errors import TaskError
 
 SHIFTS = (-1, 0, 1, 2, 3)
@@ -22,7 +23,7 @@ def head_profiles(found: HeadRoles, heads: Sequence[tuple[int, int]], top: int =
     sequence (`copy`, `next`, `+2`, …) the share of members for which the token so many places on is among the `top`
     that the head writes, `ov_anti_copy` the member itself among the bottom ones. `qk_similar` and `qk_last`: how well
     it tells members from other tokens by content, 0.5 by chance. `direct`: logits that it adds to logit(answer) −
-    logit(wrong) directly, with the `standard_error` over prompts.
+    logit(wrong) directly, between `direct_low` and `direct_high` with 95 % confidence (bootstrap over prompts).
     """
     ov = ov_shares(found, top)
     anti_copy = found.ov.hits(0, top, suppressed=True) if found.ov is not None else None
@@ -63,5 +64,5 @@ def _profile(
         "qk_similar": None if found.qk is None else float(found.qk.similar[head]),
         "qk_last": None if found.qk is None else float(found.qk.last[head]),
         "direct": float(terms.mean()),
-        "standard_error": float(terms.std() / len(terms) ** 0.5) if len(terms) > 1 else 0.0,
+        **interval_columns(terms[None], "direct_")[0],
     }

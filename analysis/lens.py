@@ -12,6 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from subcircuit.analysis.metrics import sum_at
+from subcircuit.analysis.statistics import interval_columns
 from subcircuit.analysis.tasks import Task
 from subcircuit.engine.errors import TaskError
 from subcircuit.engine.model import HookedTransformer
@@ -95,9 +96,18 @@ class Lens:
 
         The share of prompts whose likeliest token is the answer, mean probabilities and median ranks (1 for the
         likeliest) of the answer and its rival, mean lead in logits, the share of prompts with a lead, and the commonest
-        likeliest token (its text where the model has a tokenizer) with its share.
+        likeliest token (its text where the model has a tokenizer) with its share. Shares and means over prompts have
+        the ends of their 95 % bootstrap intervals beside them (`answer_low`, `answer_high`; None of one prompt).
         """
         is_answer = (self.top_tokens[:, :, -1, 0, None] == self.task.answer_sets[0]).any(-1)
+        averaged = {
+            "top1": is_answer,
+            "answer": self.answer[..., -1],
+            "rival": self.rival[..., -1],
+            "lead": self.lead[..., -1],
+            "ahead": self.lead[..., -1] > 0,
+        }
+        ends = [interval_columns(values.double(), f"{name}_") for name, values in averaged.items()]
         rows = []
         for i, stage in enumerate(self.stages):
             (token, count), *_ = Counter(self.top_tokens[i, :, -1, 0].tolist()).most_common(1)
@@ -113,6 +123,7 @@ class Lens:
                     "ahead": float((self.lead[i, :, -1] > 0).double().mean()),
                     "commonest": self.text(token),
                     "commonest_share": count / self.task.n,
+                    **{name: end for column in ends for name, end in column[i].items()},
                 }
             )
         return rows

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from matplotlib.axes import Axes
 from torch import Tensor
 
-from subcircuit.analysis.drawing import FAINT, INK, PALETTE, SOFT, STYLE, boxed, inches, svg_text
+from subcircuit.analysis.drawing import FAINT, INK, PALETTE, SOFT, STYLE, boxed, inches, interval_errors, svg_text
 from subcircuit.analysis.head_figures import token_texts
 from subcircuit.analysis.lens import Lens
 
@@ -98,7 +98,7 @@ def top_tokens_figure(read: Lens, title: str, prompt: int = 0) -> str:
 
 
 def attribution_figure(rows: Sequence[Mapping[str, Any]], title: str, n_most: int = 24) -> str:
-    """Direct terms of the logit difference, from the rows of `Attribution.table`: the largest by size, with ± 2 s.e."""
+    """Direct terms of the logit difference, from the rows of `Attribution.table`: the largest, with their intervals."""
     largest = sorted(rows, key=lambda row: -abs(row["direct"]))[:n_most]
     colours = {"head": PALETTE[0], "mlp": PALETTE[1], "neuron": PALETTE[2]}
     names = {"head": "head", "mlp": "MLP", "neuron": "neuron (part of its MLP)"}
@@ -108,7 +108,7 @@ def attribution_figure(rows: Sequence[Mapping[str, Any]], title: str, n_most: in
             at = [i for i, row in enumerate(largest) if row["kind"] == kind]
             if at:
                 heights = [largest[i]["direct"] for i in at]
-                errors = [2 * largest[i]["standard_error"] for i in at]
+                errors = interval_errors(heights, [(largest[i]["low"], largest[i]["high"]) for i in at])
                 axes.bar(at, heights, 0.72, color=colour, yerr=errors, ecolor=SOFT, capsize=1.5, label=names[kind])
         axes.axhline(0, color=SOFT, linewidth=0.6)
         axes.set_xticks(range(len(largest)), [row["component"] for row in largest], rotation=60, fontsize=8)

@@ -135,12 +135,16 @@ def _shared_scores(compare: Mapping[str, Any]) -> list[float]:
 
 def _task_values(index: int, name: str, circuit: Circuit, result: Mapping[str, Any]) -> dict[str, Any]:
     baseline = [value for value in result.get("random_scores", ()) if math.isfinite(value)]
+    ends = result.get("drop_intervals", {})
     return {
         "name": name,
         "colour": task_colour(index),
         "circuit": circuit,
         "result": result,
-        "drops": sorted(result.get("drops", {}).items(), key=lambda item: -item[1]),
+        "drops": sorted(
+            ((node, drop, ends.get(node)) for node, drop in result.get("drops", {}).items()), key=lambda row: -row[1]
+        ),
+        "intervals": result.get("intervals", {}),
         "n_random": len(baseline),
         "random_mean": mean(baseline) if baseline else None,
         "random_best": max(baseline) if baseline else None,
@@ -166,7 +170,7 @@ def _figures(
             drawn[f"{name}.effects"] = figures.heatmap_figure(result["heads"], result["mlps"], title)
         if result.get("drops"):
             title = f"{task}: what the circuit loses without a node"
-            drawn[f"{name}.drops"] = figures.drops_figure(result["drops"], title)
+            drawn[f"{name}.drops"] = figures.drops_figure(result["drops"], title, result.get("drop_intervals"))
         if circuit.trace:
             threshold = circuit.settings.get("threshold")
             drawn[f"{name}.trace"] = figures.trace_figure(circuit.trace, f"{task}: how it was found", threshold)
@@ -179,7 +183,8 @@ def _figures(
         drawn["overlap"] = _overlap_figure(compare, "heads", "Heads in common (Jaccard index)")
         drawn["overlap_nodes"] = _overlap_figure(compare, "nodes", "Heads and MLPs in common (Jaccard index)")
         title = "Score of each circuit (column) on each task (row)"
-        drawn["cross_task"] = figures.matrix_figure(compare["cross_task"], tasks, columns, title, "{:.0f}")
+        ends = compare.get("cross_task_intervals")
+        drawn["cross_task"] = figures.matrix_figure(compare["cross_task"], tasks, columns, title, "{:.0f}", ends)
     return drawn
 
 

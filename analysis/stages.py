@@ -125,9 +125,9 @@ def lens_stage(subject: Subject, progress: Progress) -> Section:
             )
     parts = sorted((row for row in rows if row["kind"] != "neuron"), key=lambda row: -abs(row["direct"]))
     table = Table(
-        "What adds to logit(answer) − logit(wrong answer) directly.",
-        ("component", "logits", "± s.e."),
-        [[row["component"], row["direct"], row["standard_error"]] for row in parts[:N_ROWS]],
+        "What adds to logit(answer) − logit(wrong answer) directly, with 95 % intervals over prompts.",
+        ("component", "logits", "low", "high"),
+        [[row["component"], row["direct"], row["low"], row["high"]] for row in parts[:N_ROWS]],
     )
     task = words(subject.task.name)
     figures = {
@@ -268,17 +268,18 @@ def transfer_stage(
     if silent:
         sentences.append(f"It continues none of {', '.join(map(words, silent))}.")
     table = Table(
-        "Share of the prompts that is still right.",
-        ("kind", "without", "prompts", "still right", "random heads", "worst random"),
-        [
-            [words(row["kind"]), row["circuit"], row["n_answered"], row["share"], row["random"], row["random_least"]]
-            for row in asked
-        ],
+        "Share of the prompts that is still right, with 95 % intervals, and p that random heads do as badly.",
+        ("kind", "without", "prompts", "right", "low", "high", "random heads", "low", "high", "worst random", "p"),
+        [[words(row["kind"]), *(row[name] for name in _TRANSFER_COLUMNS)] for row in asked],
     )
     figures = {"transfer": transfer_figure(asked, "Right answers without a circuit's heads")} if asked else {}
     return Section("Other prompts without the circuits' heads", tuple(sentences), (table,), figures, {"rows": rows})
 
 
+_TRANSFER_COLUMNS = (
+    *("circuit", "n_answered", "share", "share_low", "share_high"),
+    *("random", "random_low", "random_high", "random_least", "p"),
+)
 _TRANSFER_KINDS = (
     *("interval_1", "interval_2", "interval_3", "interval_10", "addition_1_digit", "subtraction_1_digit"),
     *("spanish_number_words", "spanish_months", "month_problems", "date_problems"),

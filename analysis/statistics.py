@@ -13,7 +13,7 @@ from torch import Tensor
 MOST_FLIPS = 2**14
 """Sign flips that are enumerated, or, where there are more, drawn."""
 SITES_AT_ONCE = 1024
-"""Of which all sums under sign flips are held at once: 128 MiB."""
+"""Of which all sums under sign flips (128 MiB), or all resampled means, are held at once."""
 
 
 class Interval(NamedTuple):
@@ -39,10 +39,28 @@ def bootstrap_mean(
 
     Raises ValueError when there is no prompt, or for a confidence outside 0…1.
     """
-    _check(values, n_resamples, confidence)
-    drawn = resampled_means(values, n_resamples=n_resamples, seed=seed)
-    interval = percentile_interval(_exact(values).mean(-1), drawn, confidence)
-    return Interval(*(part.to(values.dtype) for part in interval))
+    n_prompts = _check(values, n_resamples, confidence)
+    weights = _resampling_weights(n_prompts, n_resamples, seed)
+    parts = [
+        percentile_interval(sites.mean(-1), sites @ weights, confidence)
+        for sites in _exact(values).reshape(-1, n_prompts).split(SITES_AT_ONCE)
+    ]
+    shape = values.shape[:-1]
+    return Interval(*(torch.cat(part).view(shape).to(values.dtype) for part in zip(*parts, strict=True)))
+
+
+def interval_columns(
+    values: Float[Tensor, "site prompt"], prefix: str = "", seed: int = 0
+) -> list[dict[str, float | None]]:
+    """`low` and `high` of each site's 95 % bootstrap interval, as columns of a table, their names after `prefix`.
+
+    None of a single prompt, which does not say how others differ.
+    """
+    if values.shape[-1] == 1:
+        return [{f"{prefix}low": None, f"{prefix}high": None} for _ in values]
+    _, low, high = bootstrap_mean(values.double(), seed=seed)
+    ends = zip(low.tolist(), high.tolist(), strict=True)
+    return [{f"{prefix}low": below, f"{prefix}high": above} for below, above in ends]
 
 
 def bootstrap_ratio(
@@ -74,12 +92,15 @@ def resampled_means(
     together. Raises ValueError when there is no prompt or no resample.
     """
     n_prompts = _check(values, n_resamples)
+    return _exact(values) @ _resampling_weights(n_prompts, n_resamples, seed)
+
+
+def _resampling_weights(n_prompts: int, n_resamples: int, seed: int) -> Float[Tensor, "prompt resample"]:
+    """What each prompt counts in the mean of each resample, so that all of these are one matrix product."""
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.randint(n_prompts, (n_resamples, n_prompts), generator=generator)
     share = torch.zeros(n_resamples, n_prompts, dtype=torch.float64)
-    share.scatter_add_(1, drawn, torch.full_like(share, 1 / n_prompts))
-    # A resample's mean is a weighted mean of the prompts, so all of them are one matrix product.
-    return _exact(values) @ share.T
+    return share.scatter_add_(1, drawn, torch.full_like(share, 1 / n_prompts)).T
 
 
 def percentile_interval(

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, get_args
 
+import torch
+
 from subcircuit.analysis.baselines import random_baseline
 from subcircuit.analysis.circuit import Circuit, intersection, union
 from subcircuit.analysis.compare import cross_task_scores, jaccard_matrix
@@ -33,6 +35,7 @@ from subcircuit.analysis.records import (
 from subcircuit.analysis.report import write_report
 from subcircuit.analysis.sections import Section, Subject
 from subcircuit.analysis.stages import STAGES, TASK_STAGES, left_out, transfer_stage, why_not
+from subcircuit.analysis.statistics import bootstrap_mean
 from subcircuit.analysis.store import RunDirectory
 from subcircuit.analysis.sweep import Scores, sweep
 from subcircuit.analysis.tasks import Task, check_known, file_fingerprint, is_file_name
@@ -301,7 +304,8 @@ class _ModelStudy:
     def _clean_run(self, task: Task) -> dict[str, Any]:
         """What the unpatched model makes of a task. Raises TaskError when it does not prefer the answers."""
         rows = final_logits(self.model, task.clean)
-        full = float(logit_difference(rows, *task.answer_sets).mean())
+        differences = logit_difference(rows, *task.answer_sets)
+        full = float(differences.mean())
         if full <= 0:
             raise TaskError(
                 f"task {task.name!r}: the model does not prefer the answers (mean logit difference {full:.3f})"
@@ -320,7 +324,14 @@ class _ModelStudy:
             }
             for i in range(min(N_EXAMPLES, task.n))
         ]
-        return {"examples": examples, "accuracy": float(correct.float().mean())}
+        measured = {"accuracy": correct.double(), "full_logit_difference": differences.double()}
+        found = {name: bootstrap_mean(values, seed=self.settings.seed) for name, values in measured.items()}
+        intervals = {name: self._ends(*interval.at()) for name, interval in found.items()}
+        return {"examples": examples, "accuracy": float(correct.float().mean()), "intervals": intervals}
+
+    def _ends(self, _: float, low: float, high: float) -> list[float] | None:
+        """Of an interval over prompts; None of a single prompt, which does not say how others differ."""
+        return [low, high] if self.settings.n > 1 else None
 
     def _text(self, token: int) -> str:
         return self.model.tokenizer.decode([token]) if self.model.tokenizer is not None else str(token)
@@ -472,7 +483,8 @@ class _ModelStudy:
 
     def _results(self, file: str, name: str, task: Task, scores: Scores, circuit: Circuit, ablation: Ablation) -> None:
         with self._stage(f"{name}, drops and random circuits") as step:
-            drops = node_drops(ablation, circuit)
+            drops = node_drops(ablation, circuit, seed=self.settings.seed)
+            score = ablation.score_intervals(ablation.kept_values([circuit.nodes])[0], seed=self.settings.seed)
             random_scores: list[float] = []
             if circuit.nodes:  # those without are all the same one
                 baseline = random_baseline(ablation, circuit, self._n_random, seed=self.settings.seed, progress=step)
@@ -488,7 +500,9 @@ class _ModelStudy:
                 "heads": scores.heads().tolist(),
                 "mlps": scores.mlps().tolist(),
                 "clean_mean": float(scores.clean_metric.mean()),
-                "drops": drops,
+                "drops": {node: drop for node, (drop, *_) in drops.items()},
+                "drop_intervals": {node: self._ends(*drop) for node, drop in drops.items()},
+                "intervals": self.clean[name]["intervals"] | {"score": self._ends(*score.at())},
                 "random_scores": random_scores,
             },
         )
@@ -503,8 +517,11 @@ class _ModelStudy:
         with self._stage("circuits on each other's tasks") as step:
             table = []
             for name in names:
-                table += cross_task_scores([self._ablation(self.tasks[name])], [*circuits, shared, either]).tolist()
+                ablation, seed = self._ablation(self.tasks[name]), self.settings.seed
+                table.append(cross_task_scores([ablation], [*circuits, shared, either], seed=seed))
                 step(len(table), len(names))
+        cross_task, low, high = (torch.cat(part) for part in zip(*table, strict=True))
+        ends = [[self._ends(0, *pair) for pair in row] for row in torch.stack((low, high), -1).tolist()]
         self.directory.write_json(
             file,
             {
@@ -513,7 +530,8 @@ class _ModelStudy:
                 "jaccard_nodes": jaccard_matrix(circuits).tolist(),
                 "overlap_heads": self._overlaps(circuits, "heads"),
                 "overlap_nodes": self._overlaps(circuits, "nodes"),
-                "cross_task": table,
+                "cross_task": cross_task.tolist(),
+                "cross_task_intervals": ends,
                 "cross_task_columns": [*names, "shared", "union"],
                 "shared": {"heads": shared.heads, "mlps": shared.mlps},
                 "union": {"heads": either.heads, "mlps": either.mlps},

@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from subcircuit.analysis.check import check_effects
+from subcircuit.analysis.statistics import interval_columns
 from subcircuit.analysis.tasks import Task
 from subcircuit.engine.config import ModelConfig
 from subcircuit.engine.dictionary import SparseDictionary
@@ -101,10 +102,9 @@ class Scores:
         return [(self.sites[int(i)], float(self.mean[i])) for i in order]
 
     def table(self) -> list[dict[str, Any]]:
-        """A row per site: name, layer, index, mean effect, share of the clean metric (None where it has none), standard
-        error."""
-        n_prompts = self.effects.shape[1]
-        errors = self.effects.std(1) / n_prompts**0.5 if n_prompts > 1 else torch.zeros_like(self.mean)
+        """A row per site: name, layer, index, mean effect with the ends of its 95 % bootstrap interval over prompts
+        (None of one prompt), share of the clean metric (None where it has none)."""
+        ends = interval_columns(self.effects)
         return [
             {
                 "site": str(site),
@@ -112,10 +112,10 @@ class Scores:
                 "kind": site.component.kind,
                 "index": site.component.index,
                 "effect": float(effect),
+                **interval,
                 "share": None if share.isnan() else float(share),
-                "standard_error": float(error),
             }
-            for site, effect, share, error in zip(self.sites, self.mean, self.share, errors, strict=True)
+            for site, effect, interval, share in zip(self.sites, self.mean, ends, self.share, strict=True)
         ]
 
 

@@ -10,7 +10,17 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.container import BarContainer
 
-from subcircuit.analysis.drawing import FAINT, LETTER_INCHES, SOFT, STYLE, boxed, svg_text, task_colour, words
+from subcircuit.analysis.drawing import (
+    FAINT,
+    LETTER_INCHES,
+    SOFT,
+    STYLE,
+    boxed,
+    interval_errors,
+    svg_text,
+    task_colour,
+    words,
+)
 
 RANDOM = "#8a90a0"
 
@@ -58,9 +68,7 @@ def _bars(
     """Shares with their intervals, each at its kind's place and some inches on; an empty one is marked by a 0."""
     there = [(place + shift, row) for place, row in found if row[which] is not None]
     places, shares = [place for place, _ in there], [row[which] for _, row in there]
-    ends = [[row[which] - row[f"{which}_low"], row[f"{which}_high"] - row[which]] for _, row in there]
-    # Resampling may leave the mean a rounding error outside its interval.
-    error = np.clip(np.array(ends).reshape(-1, 2).T, 0, None)
+    error = interval_errors(shares, [(row[f"{which}_low"], row[f"{which}_high"]) for _, row in there])
     for place, share in zip(places, shares, strict=True):
         if share == 0:
             axes.text(place, 0.015, "0", ha="center", color=colour, fontsize=7)

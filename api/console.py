@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ err = Console(stderr=True, markup=False, highlight=False)
 
 
 _NUMBERS = (
-    *("effect", "± s.e.", "share", "top-1", "heads", "MLPs", "score", "random, mean", "random, best"),
+    *("effect", "95 %", "share", "top-1", "heads", "MLPs", "score", "random, mean", "random, best"),
     *("sites", "products", "attention", "q"),
 )
 
@@ -28,6 +28,17 @@ def new_table(*columns: str) -> Table:
     for column in columns:
         table.add_column(column, justify="right" if column in _NUMBERS else "left", no_wrap=column == "name")
     return table
+
+
+def interval(ends: Sequence[float] | None, form: str = "+.3f") -> str:
+    """An interval as `[+0.10, +0.15]`; a dash for none."""
+    return "–" if ends is None else f"[{', '.join(format(end, form) for end in ends)}]"
+
+
+def interval_of(row: dict[str, Any], prefix: str = "", form: str = "+.3f") -> str:
+    """The same of a row of a table, from its columns `low` and `high` after a prefix."""
+    low, high = row[f"{prefix}low"], row[f"{prefix}high"]
+    return interval(None if low is None else (low, high), form)
 
 
 def warn(message: str) -> None:

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 import subcircuit as sc
-from subcircuit.console import new_table, out, progress_bars, say_written
+from subcircuit.console import interval_of, new_table, out, progress_bars, say_written
 from subcircuit.options import (
     DeviceOption,
     DtypeOption,
@@ -92,11 +92,11 @@ def features(
         return
     clean = f"clean {metric.value.replace('_', ' ')} {float(scores.clean_metric.mean()):.3f}"
     out.print(f"{len(rows)} of {read.d_sae} features × {prompts.n} prompts, {clean}; {scores.settings['method']}")
-    table = new_table("site", "effect", "± s.e.", "share", "fires on")
+    table = new_table("site", "effect", "95 %", "share", "fires on")
     for row in rows[:top]:
         share = "–" if row["share"] is None else f"{row['share']:+.1%}"
         fires = ", ".join(f"{each['token']!r} {each['share']:.0%}" for each in row["fires_on"])
-        table.add_row(row["site"], f"{row['effect']:+.3f}", f"{row['standard_error']:.3f}", share, fires)
+        table.add_row(row["site"], f"{row['effect']:+.3f}", interval_of(row), share, fires)
     out.print(table)
 
 

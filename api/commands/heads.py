@@ -10,7 +10,7 @@ import typer
 
 import subcircuit as sc
 from subcircuit.circuits import load_circuits, warn_of_other_model
-from subcircuit.console import new_table, out, progress_bars, write_figures
+from subcircuit.console import interval_of, new_table, out, progress_bars, write_figures
 from subcircuit.options import (
     TASKS,
     DeviceOption,
@@ -152,11 +152,11 @@ def _print_task(name: str, task: Task, found: HeadRoles, heads: Heads, circuits:
     shifts = list(profiles[0]["ov"])
     out.print(f"\n{LEGEND}\n")
     ov = [f"OV {shift}" for shift in shifts]
-    table = new_table("head", "→ before", "→ newest", *ov, "QK similar", "QK last", "direct", "± s.e.")
+    table = new_table("head", "→ before", "→ newest", *ov, "QK similar", "QK last", "direct", "95 %")
     for row in profiles:
         numbers = [row["to_previous_member"], row["last_to_newest"], *row["ov"].values()]
         numbers += [row["qk_similar"], row["qk_last"]]
-        direct = f"{row['direct']:+.3f}", f"{row['standard_error']:.3f}"
+        direct = f"{row['direct']:+.3f}", interval_of(row, "direct_")
         table.add_row(row["head"], *("–" if value is None else f"{value:.2f}" for value in numbers), *direct)
     out.print(table)
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import subcircuit as sc
-from subcircuit.console import new_table, out, write_figures
+from subcircuit.console import interval_of, new_table, out, write_figures
 from subcircuit.options import (
     DeviceOption,
     DtypeOption,
@@ -109,13 +109,15 @@ def _print_stages(read: Lens) -> None:
     rival = "last member" if read.newest is not None else "wrong answer"
     where = "the last token" if read.positions[-1] == read.task.pos - 1 else f"position {read.positions[-1]}"
     out.print(f"{read.task.name}: {read.task.n} prompts, read after every attention and MLP at {where}\n", style="bold")
-    columns = ("after", "answer first", "p(answer)", f"p({rival})", "rank", f"rank, {rival}", "lead", "commonest token")
-    table = new_table(*columns)
+    columns = ("after", "answer first", "p(answer)", "95 %", f"p({rival})", "95 %", "rank", f"rank, {rival}")
+    table = new_table(*columns, "lead", "95 %", "commonest token")
     for row in read.table():
         ranks = f"{row['answer_rank']:.0f}", f"{row['rival_rank']:.0f}"
-        shares = f"{row['top1']:.0%}", f"{row['answer']:.3f}", f"{row['rival']:.3f}"
+        ends = [interval_of(row, f"{name}_", ".2f") for name in ("answer", "rival")]
+        likely = f"{row['answer']:.2f}", ends[0], f"{row['rival']:.2f}", ends[1]
+        lead = f"{row['lead']:+.2f}", interval_of(row, "lead_", "+.2f")
         commonest = f"{row['commonest']!r} {row['commonest_share']:.0%}"
-        table.add_row(_stage(row["stage"]), *shares, *ranks, f"{row['lead']:+.2f}", commonest)
+        table.add_row(_stage(row["stage"]), f"{row['top1']:.0%}", *likely, *ranks, *lead, commonest)
     out.print(table)
     takeover = read.takeover()
     median = int(takeover.double().quantile(0.5, interpolation="lower"))
@@ -154,11 +156,11 @@ def _print_positions(read: Lens) -> None:
 def _print_direct(terms: Attribution, rows: list[dict[str, Any]], n_components: int) -> None:
     whole = float(terms.logit_difference.mean())
     out.print(f"\nAdded directly to logit(answer) − logit(wrong), {whole:.3f} in all\n", style="bold")
-    table = new_table("component", "logits", "± s.e.", "share")
+    table = new_table("component", "logits", "95 %", "share")
     parts = sorted((row for row in rows if row["kind"] != "neuron"), key=lambda row: -abs(row["direct"]))
     for row in [*parts[:n_components], *(row for row in rows if row["kind"] == "neuron")]:
         share = "–" if row["share"] is None else f"{row['share']:+.1%}"
-        table.add_row(row["component"], f"{row['direct']:+.3f}", f"{row['standard_error']:.3f}", share)
+        table.add_row(row["component"], f"{row['direct']:+.3f}", interval_of(row), share)
     rest = float((terms.embeddings + terms.attn_bias.sum(0) + terms.norm_bias).mean())
     table.add_row("embeddings and biases", f"{rest:+.3f}", "", "")
     out.print(table)

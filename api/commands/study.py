@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import subcircuit as sc
-from subcircuit.console import new_table, out, progress_bars, say_written
+from subcircuit.console import interval, new_table, out, progress_bars, say_written
 from subcircuit.options import (
     TASKS,
     DeviceOption,
@@ -137,8 +137,9 @@ def _study_values(run: RunDirectory) -> dict[str, Any]:
         for task, circuit in circuits_of(run, slug).items():
             result = run.read_json(f"results/{slug}.{task}.json")
             found = {"heads": circuit.heads, "mlps": circuit.mlps, "score": circuit.score}
-            circuits[task] = found | {name: result[name] for name in ("accuracy", "random_scores")}
-        shared = {name: compare[name] for name in ("shared", "cross_task", "cross_task_columns", "jaccard_heads")}
+            circuits[task] = found | {name: result[name] for name in ("accuracy", "intervals", "random_scores")}
+        crossed = ("cross_task", "cross_task_intervals", "cross_task_columns")
+        shared = {name: compare[name] for name in ("shared", *crossed, "jaccard_heads")}
         values["models"][model["name"]] = {"circuits": circuits, **shared}
     return values
 
@@ -146,16 +147,17 @@ def _study_values(run: RunDirectory) -> dict[str, Any]:
 def _print_study(run: RunDirectory) -> None:
     for name, found in _study_values(run)["models"].items():
         out.print(f"\n{name}", style="bold")
-        table = new_table("task", "top-1", "heads", "MLPs", "score", "random, mean", "random, best")
+        table = new_table("task", "top-1", "95 %", "heads", "MLPs", "score", "95 %", "random, mean", "random, best")
         for task, circuit in found["circuits"].items():
             baseline = circuit["random_scores"]  # empty for a circuit without nodes
             numbers = [
                 circuit["score"],
                 *((sum(baseline) / len(baseline), max(baseline)) if baseline else (None, None)),
             ]
-            shown = ("–" if value is None else f"{value:.1f}" for value in numbers)
-            sizes = len(circuit["heads"]), len(circuit["mlps"])
-            table.add_row(task, f"{circuit['accuracy']:.0%}", *map(str, sizes), *shown)
+            score, *random = ("–" if value is None else f"{value:.1f}" for value in numbers)
+            top1 = f"{circuit['accuracy']:.0%}", interval(circuit["intervals"]["accuracy"], ".0%")
+            sizes = [str(len(circuit[nodes])) for nodes in ("heads", "mlps")]
+            table.add_row(task, *top1, *sizes, score, interval(circuit["intervals"]["score"], ".1f"), *random)
         out.print(table)
         if len(found["circuits"]) > 1:
             heads = " ".join(f"{layer}.{head}" for layer, head in found["shared"]["heads"]) or "none"

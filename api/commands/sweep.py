@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 import subcircuit as sc
-from subcircuit.console import new_table, out, progress_bars, say_written, write_text
+from subcircuit.console import interval_of, new_table, out, progress_bars, say_written, write_text
 from subcircuit.options import (
     BudgetOption,
     DeviceOption,
@@ -170,11 +170,11 @@ def _print_scores(scores: sc.Scores, screening: sc.Screening | None, rows: list[
     elif scores.settings["method"] != "exact patching":
         out.print(f"effects to first order: {scores.settings['method']}")
     with_q = screening is None
-    table = new_table("site", "effect", "± s.e.", "share", *(["q"] if with_q else []))
+    table = new_table("site", "effect", "95 %", "share", *(["q"] if with_q else []))
     for row in sorted(rows, key=lambda row: -abs(row["effect"]))[:top]:
         share = "–" if row["share"] is None else f"{row['share']:+.1%}"
         q = ["–" if row["q"] is None else f"{row['q']:.2g}"] if with_q else []
-        table.add_row(row["site"], f"{row['effect']:+.3f}", f"{row['standard_error']:.3f}", share, *q)
+        table.add_row(row["site"], f"{row['effect']:+.3f}", interval_of(row), share, *q)
     out.print(table)
     if with_q and all(row["q"] is not None for row in rows):
         out.print(_called(rows, scores.effects.shape[1]))

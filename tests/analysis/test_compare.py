@@ -9,6 +9,7 @@ from patching_cases import CONFIGS, random_model, random_prompts
 from subcircuit.analysis.circuit import Circuit
 from subcircuit.analysis.compare import cross_task_scores, jaccard_matrix
 from subcircuit.analysis.faithfulness import Ablation, score
+from subcircuit.analysis.statistics import bootstrap_ratio
 from subcircuit.analysis.tasks import task_from_tokens
 from subcircuit.engine.errors import PatchError
 
@@ -39,10 +40,13 @@ def tasks(model):
 
 def test_a_row_is_a_task_and_a_column_a_circuit(model, tasks):
     seen = []
-    table = cross_task_scores([Ablation(model, task) for task in tasks], CIRCUITS, lambda *done: seen.append(done))
-    assert table.shape == (2, 3)
+    ablations = [Ablation(model, task) for task in tasks]
+    table, low, high = cross_task_scores(ablations, CIRCUITS, lambda *done: seen.append(done), seed=5)
+    assert table.shape == low.shape == high.shape == (2, 3)
     expected = [[score(model, task, circuit) for circuit in CIRCUITS] for task in tasks]
     assert torch.allclose(table, torch.tensor(expected, dtype=table.dtype), atol=1e-3)
+    of_ratio = bootstrap_ratio(100 * ablations[1].kept_values([CIRCUITS[2].nodes])[0], ablations[1].clean, seed=5)
+    assert [table[1, 2], low[1, 2], high[1, 2]] == pytest.approx(of_ratio.at(), rel=1e-4)
     assert seen == [(1, 2), (2, 2)]
 
 

@@ -25,7 +25,7 @@ from subcircuit.analysis.evaluation import (
 )
 from subcircuit.analysis.faithfulness import Ablation, node_drops
 from subcircuit.analysis.nodes import all_nodes, random_nodes
-from subcircuit.analysis.statistics import benjamini_hochberg, sign_flip_p
+from subcircuit.analysis.statistics import benjamini_hochberg, resampled_means, sign_flip_p
 from subcircuit.analysis.sweep import sweep
 from subcircuit.engine.errors import PatchError
 
@@ -89,7 +89,13 @@ def test_drops_are_those_of_the_score_on_another_scale(case):
     found = evaluate_circuit(ablation, circuit, n_knockouts=0)
     scale = ablation.full / float(found.metric.mean[0] - found.metric.mean[3])
     points = {name: found.drops.at(i)[0] / scale for i, name in enumerate(found.items)}
-    assert points == pytest.approx(node_drops(ablation, circuit), abs=1e-8)
+    drops = node_drops(ablation, circuit)
+    assert points == pytest.approx({name: drop for name, (drop, *_) in drops.items()}, abs=1e-8)
+    weights = resampled_means(torch.eye(task.n).double())  # what each prompt counts in each resample
+    values = ablation.kept_values([circuit.nodes, *(set(circuit.nodes) - {node} for node in circuit.nodes)])
+    for (_, low, high), without in zip(drops.values(), values[1:], strict=True):
+        drawn = 100 * (values[0] - without) @ weights / (ablation.clean @ weights)
+        assert [low, high] == pytest.approx(drawn.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist())
     assert set(found.minimal()) <= {name for name, drop in points.items() if drop > 0}
 
 

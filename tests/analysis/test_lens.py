@@ -11,6 +11,7 @@ import torch
 from patching_cases import CONFIGS, random_model, random_sequence_task
 from subcircuit.analysis.attribution import attribution
 from subcircuit.analysis.lens import lens
+from subcircuit.analysis.statistics import bootstrap_mean
 from subcircuit.engine.errors import TaskError
 
 SEED = random.randrange(10**6)
@@ -46,6 +47,19 @@ def test_every_stage_reads_as_the_cache_does(case):
             assert rank[i, :, 0].tolist() == [order[row].tolist().index(tokens[row]) for row in rows]
         torch.testing.assert_close(read.lead[i, :, 0], logits[rows, task.answer] - logits[rows, newest])
     torch.testing.assert_close(logits, model(task.clean)[:, -1])
+
+
+def test_tables_have_the_intervals_of_their_means(case):
+    model, task = case
+    read, terms = lens(model, task), attribution(model, task)
+    is_answer = read.top_tokens[:, :, -1, 0] == task.answer
+    for i, row in enumerate(read.table()):
+        for name, values in (("top1", is_answer), ("answer", read.answer[..., -1]), ("lead", read.lead[..., -1])):
+            expected = bootstrap_mean(values[i].double()).at()
+            assert [row[name], row[f"{name}_low"], row[f"{name}_high"]] == pytest.approx(expected)
+    for row in terms.table():
+        values = terms.mlps[row["layer"]] if row["kind"] == "mlp" else terms.heads[row["layer"], row["index"]]
+        assert [row["direct"], row["low"], row["high"]] == pytest.approx(bootstrap_mean(values).at())
 
 
 def test_takeover_is_where_the_answer_is_ahead_for_good(case):

@@ -58,7 +58,9 @@ def made_up_result(model: dict[str, Any], circuit: Circuit) -> dict[str, Any]:
         "n_prompts": 32,
         "n_pos": 23,
         "template": "done",
+        "intervals": {"accuracy": [0.875, 1.0], "full_logit_difference": [3.9, 4.7], "score": [70.0, 90.0]},
         "drops": {str(node): rng.expovariate(0.1) for node in circuit.nodes},
+        "drop_intervals": {str(node): [0.25, 99.5] for node in circuit.nodes},
         "random_scores": [rng.uniform(-12, 9) for _ in range(19)] + [11.5],
         "heads": grid,
         "mlps": [-abs(rng.gauss(0, 1)) for _ in range(model["n_layers"])],
@@ -73,6 +75,7 @@ def made_up_comparison(circuits: list[Circuit]) -> dict[str, Any]:
         "jaccard_heads": [[a.jaccard(b, "heads") for b in circuits] for a in circuits],
         "jaccard_nodes": [[a.jaccard(b) for b in circuits] for a in circuits],
         "cross_task": [[SCORES[c.task] - 7 * abs(i - j) for j in range(5)] for i, c in enumerate(circuits)],
+        "cross_task_intervals": [[[-3.4, 71.2]] * 5] * len(circuits),
         "cross_task_columns": [*(circuit.task for circuit in circuits), "shared", "union"],
         "shared": {"heads": shared.heads, "mlps": shared.mlps},
         "union": {"heads": either.heads, "mlps": either.mlps},
@@ -170,11 +173,11 @@ def test_a_task_shows_its_prompts_every_node_and_every_decision(page: Page) -> N
     panel = page.panels[model["slug"]]
     circuit = made_up_circuit(model, "months")
     for node, drop in made_up_result(model, circuit)["drops"].items():
-        assert f"{node} {drop:.2f}" in panel
+        assert f"{node} {drop:.2f} 0.25 99.50" in panel
     for i, step in enumerate(circuit.trace, 1):
         decision = "removed" if step.removed else "kept"
         assert f"{i} {step.sweep} {step.direction} {step.node} {step.score_without:.2f} {decision}" in panel
-    assert "94 % 4.32" in panel
+    assert "94 % [88, 100] 4.32 [3.90, 4.70]" in panel
     assert "corrupted: June 7 June May June ✓ June 87 %, May 6 %" in panel
 
 
@@ -249,6 +252,7 @@ def test_figures_are_files_of_their_own_too(run: RunDirectory) -> None:
     of_a_model = {"overlay", "overlap", "overlap_nodes", "cross_task", "random"}
     of_a_model |= {f"{task}.{kind}" for task in TASKS for kind in ("effects", "drops", "trace")}
     assert names == {f"{model['slug']}.{name}.svg" for model in MODELS for name in of_a_model}
+    assert "−3 to 71" in (run.path / "figures" / "tiny-gpt2.cross_task.svg").read_text()
     for file in (run.path / "figures").iterdir():
         assert ElementTree.parse(file).getroot().tag.endswith("svg")
 

@@ -14,6 +14,7 @@ from subcircuit.analysis.statistics import (
     bootstrap_ratio,
     empirical_p,
     hypergeometric_pmf,
+    interval_columns,
     jaccard_mean,
     rank_correlation,
     resampled_means,
@@ -96,6 +97,24 @@ def test_sign_flips_of_many_sites_are_those_of_each(generator):
     values = torch.randn(2100, 3, generator=generator)
     together = sign_flip_p(values)
     assert together.tolist() == [sign_flip_p(row).item() for row in values]
+
+
+def test_intervals_of_many_sites_are_those_of_each(generator):
+    values = torch.randn(3, 700, 4, generator=generator)
+    together = bootstrap_mean(values, n_resamples=50, seed=2)
+    alone = [bootstrap_mean(row, n_resamples=50, seed=2) for row in values.view(-1, 4)]
+    for whole, parts in zip(together, zip(*alone, strict=True), strict=True):
+        torch.testing.assert_close(whole.view(-1), torch.stack(parts))
+
+
+def test_the_ends_of_an_interval_are_columns_and_one_prompt_has_none(generator):
+    values = torch.randn(2, 9, generator=generator)
+    found = bootstrap_mean(values, seed=3)
+    columns = interval_columns(values, "share_", seed=3)
+    for i, row in enumerate(columns):
+        assert list(row.values()) == pytest.approx(found.at(i)[1:], abs=1e-6)
+        assert list(row) == ["share_low", "share_high"]
+    assert interval_columns(values[:, :1]) == 2 * [{"low": None, "high": None}]
 
 
 def test_chance_counts_the_observed_value_in():

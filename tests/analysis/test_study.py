@@ -43,9 +43,16 @@ def test_a_study_leaves_circuits_scores_and_a_report(run):
         assert result["accuracy"] >= 0.95
         assert max(result["random_scores"]) < circuit.score
         assert set(result["drops"]) == {str(node) for node in circuit.nodes}
+        for node, (low, high) in result["drop_intervals"].items():
+            assert low <= result["drops"][node] <= high
+        for what, mean in (("accuracy", result["accuracy"]), ("score", circuit.score)):
+            low, high = result["intervals"][what]
+            assert low - 1e-4 <= mean <= high + 1e-4
     compare = run.read_json("results/tiny-gpt2.compare.json")
     for i, name in enumerate(circuits):
         assert compare["cross_task"][i][i] == pytest.approx(circuits[name].score, abs=1e-3)
+        result = run.read_json(f"results/tiny-gpt2.{name}.json")
+        assert compare["cross_task_intervals"][i][i] == pytest.approx(result["intervals"]["score"], abs=1e-3)
     overlap = compare["overlap_heads"][0][1]
     assert overlap["jaccard"] == pytest.approx(compare["jaccard_heads"][0][1])
     assert f"chance {overlap['expected_jaccard']:.2f}" in (run.path / "report.html").read_text()

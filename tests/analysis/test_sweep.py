@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from patching_cases import CONFIGS, random_model, random_task
+from subcircuit.analysis.statistics import bootstrap_mean
 from subcircuit.analysis.sweep import sweep
 from subcircuit.engine.errors import PatchError
 
@@ -64,7 +65,11 @@ def test_the_table_and_the_top_agree_with_the_effects(case):
     row = next(row for row in scores.table() if row["site"] == str(best))
     assert row["effect"] == pytest.approx(effect)
     assert row["share"] == pytest.approx(effect / float(scores.clean_metric.mean()))
-    assert row["standard_error"] == pytest.approx(float(scores.of(best).std() / 5**0.5))
+    _, low, high = bootstrap_mean(scores.of(best).double())
+    assert (row["low"], row["high"]) == (pytest.approx(float(low)), pytest.approx(float(high)))
+    assert row["low"] < row["effect"] < row["high"]
+    alone = replace(scores, effects=scores.effects[:, :1]).table()
+    assert {(row["low"], row["high"]) for row in alone} == {(None, None)}
 
 
 def test_every_metric_says_its_name_and_only_those_with_a_whole_have_shares(case):
