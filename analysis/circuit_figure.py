@@ -12,8 +12,7 @@ from matplotlib.patches import Circle, FancyBboxPatch, PathPatch
 from matplotlib.path import Path
 
 from subcircuit.analysis.circuit import Circuit
-from subcircuit.analysis.drawing import BAND, FAINT, INK, PALETTE, SOFT, STYLE, boxed, svg_text, words
-from subcircuit.engine.errors import StoreError
+from subcircuit.analysis.drawing import BAND, FAINT, INK, PALETTE, SOFT, STYLE, boxed, svg_text
 from subcircuit.engine.patching import Component
 from subcircuit.engine.patching.graph import INPUT, LOGITS, Edge
 
@@ -83,21 +82,6 @@ def circuit_figure(circuit: Circuit, title: str, group_size: int = 1) -> str:
             x, y = (0.45 + 0.75 * i) / figure.get_figwidth(), 0.18 / figure.get_figheight()
             figure.text(x, y, f"— {word}", color=COLOURS[kind], va="center", fontsize=8.5, fontweight="bold")
         return svg_text(figure)
-
-
-SUFFIXES = (".json", ".dot", ".svg")
-
-
-def circuit_text(circuit: Circuit, suffix: str, group_size: int = 1) -> str:
-    """A circuit as a file of this suffix holds it: JSON, Graphviz (`.dot`) or a diagram (`.svg`).
-
-    Raises StoreError for another suffix.
-    """
-    if suffix not in SUFFIXES:
-        raise StoreError(f"a circuit's file cannot end in {suffix!r}; expected one of {', '.join(SUFFIXES)}")
-    if suffix == ".svg":
-        return circuit_figure(circuit, f"{words(circuit.task)} in {circuit.model}", group_size)
-    return circuit.to_dot(group_size) if suffix == ".dot" else circuit.to_json() + "\n"
 
 
 def _layer_ticks(circuit: Circuit, layout: _Layout) -> tuple[list[float], list[str]]:

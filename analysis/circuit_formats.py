@@ -1,4 +1,4 @@
-"""Circuits in the formats of other tools.
+"""Circuits as files: our JSON, diagrams, and the formats of other tools.
 
 MIB's circuit track (Mueller et al. 2025, arXiv 2504.13151) takes the JSON that EAP-IG's `Graph.to_json` writes
 (github.com/hannamw/EAP-IG, src/eap/graph.py):
@@ -24,27 +24,58 @@ from typing import Any
 import torch
 
 from subcircuit.analysis.circuit import Circuit, check_no_features
+from subcircuit.analysis.circuit_figure import circuit_figure
+from subcircuit.analysis.drawing import words
 from subcircuit.analysis.eap import EdgeScores
+from subcircuit.analysis.edges import edges_kept
 from subcircuit.analysis.store import write_whole
 from subcircuit.engine.config import ModelConfig
 from subcircuit.engine.errors import PatchError, StoreError
 from subcircuit.engine.patching import Component
 from subcircuit.engine.patching.graph import INPUT, LOGITS, Edge, edges, readers, receivers, senders
 
+SUFFIXES = (".json", ".dot", ".svg")
+MIB_SUFFIX = ".mib.json"
+
+
+def circuit_text(circuit: Circuit, file_name: str, config: ModelConfig) -> str:
+    """A circuit as a file of this name holds it: JSON, MIB's (`.mib.json`), Graphviz (`.dot`) or a diagram (`.svg`).
+
+    Raises StoreError for another name, and PatchError for what MIB's format cannot hold.
+    """
+    if file_name.endswith(MIB_SUFFIX):
+        return json.dumps(to_mib(circuit, config))
+    match Path(file_name).suffix:
+        case ".json":
+            return circuit.to_json() + "\n"
+        case ".dot":
+            return circuit.to_dot(config.group_size)
+        case ".svg":
+            return circuit_figure(circuit, f"{words(circuit.task)} in {circuit.model}", config.group_size)
+        case suffix:
+            raise StoreError(f"a circuit's file cannot end in {suffix!r}; expected one of {', '.join(SUFFIXES)}")
+
+
+def is_mib(values: Any) -> bool:
+    """Whether JSON holds a circuit in MIB's format."""
+    return isinstance(values, Mapping) and {"cfg", "nodes", "edges"} <= values.keys()
+
 
 def to_mib(circuit: Circuit, config: ModelConfig, scores: EdgeScores | None = None) -> dict[str, Any]:
-    """A circuit of edges, with the scores of all edges where they are given (else 1 inside and 0 outside), for MIB.
+    """A circuit of edges, with the scores of all edges where they are given, for MIB; else its own `edge_scores` or 1
+    inside, and 0 outside. Edges that its search did not judge are in it (`edges.edges_kept`).
 
     Raises PatchError for a circuit without edges or with features, or an edge that the model does not have.
     """
     check_no_features(circuit, "MIB's format")
     if not circuit.edges and circuit.nodes:
         raise PatchError("the circuit has nodes but no edges, and MIB's format is one of edges")
-    everything, chosen = edges(config), set(circuit.edges)
+    everything, chosen = edges(config), set(edges_kept(circuit, config))
     unknown = sorted(chosen.difference(everything))
     if unknown:
         raise PatchError(f"edge '{unknown[0][0]}' -> '{unknown[0][1]}' of the circuit does not exist in this model")
-    values = {edge: float(edge in chosen) for edge in everything} if scores is None else _by_edge(scores)
+    own = {edge: circuit.edge_scores.get(edge, 1.0) if edge in chosen else 0.0 for edge in everything}
+    values = own if scores is None else _by_edge(scores)
     written: dict[str, dict[str, float | bool]] = {}
     for edge in everything:
         names = _mib_names(edge, config)

@@ -1,13 +1,10 @@
-"""Edges of circuits: which may lie between a circuit's nodes, the exact effect of each, and which of them matter."""
+"""Edges of circuits of nodes: which there may be, and which of them matter (path patching)."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Literal
-
-from jaxtyping import Float
-from torch import Tensor
 
 from subcircuit.analysis.ablation import full_metric
 from subcircuit.analysis.circuit import Circuit, check_no_features
@@ -25,48 +22,6 @@ from subcircuit.engine.patching.path_delta import Freeze, check_freeze
 from subcircuit.engine.patching.sites import source_name
 
 Progress = Callable[[int, int], None]
-
-
-@dataclass(frozen=True)
-class EdgeEffects:
-    """Exact effects of removing edges one at a time: the change of each prompt's logit(answer) − logit(wrong)."""
-
-    edges: tuple[Edge, ...]
-    effects: Float[Tensor, "edge prompt"]
-    clean_metric: Float[Tensor, "prompt"]
-    settings: dict[str, Any]
-
-    @property
-    def mean(self) -> Float[Tensor, "edge"]:
-        """Mean effect of each edge over prompts."""
-        return self.effects.mean(1)
-
-    def top(self, k: int = 10) -> list[tuple[Edge, float]]:
-        """The k edges with the largest mean effects by size, each with its mean effect."""
-        order = self.mean.abs().argsort(descending=True, stable=True)[:k].tolist()
-        return [(self.edges[i], float(self.mean[i])) for i in order]
-
-
-def verify_edges(
-    model: HookedTransformer,
-    task: Task,
-    chosen: Iterable[Edge],
-    *,
-    source: Source = "corrupted",
-    executor: Executor = "torch",
-    precision: Precision = "fp32",
-    budget_bytes: int | None = None,
-    progress: Progress | None = None,
-) -> EdgeEffects:
-    """The exact effect of every chosen edge alone, such as those that a gradient method ranks highest.
-
-    Raises PatchError for an edge that the model lacks.
-    """
-    chosen = tuple(chosen)
-    options: dict[str, Any] = {"source": source, "executor": executor, "precision": precision}
-    result = edge_effects(model, task, chosen, budget_bytes=budget_bytes, progress=progress, **options)
-    settings = {**options, "source": source_name(source), "method": "exact", "model": model.config.name}
-    return EdgeEffects(chosen, result.effects, result.clean_metric, {**settings, "task": task.name})
 
 
 def edges_between(

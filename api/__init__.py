@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from subcircuit.analysis.baselines import Baseline, cell_q_values, random_baseline
     from subcircuit.analysis.check import Check, check_effects
     from subcircuit.analysis.circuit import Circuit, TraceStep, intersection, union
+    from subcircuit.analysis.circuit_formats import load_mib, save_mib
     from subcircuit.analysis.compare import Comparison, compare_circuits, cross_task_scores, jaccard_matrix
     from subcircuit.analysis.curves import Curve, ablation_curve, faithfulness_curve, node_ranking
     from subcircuit.analysis.depth import DepthAlignment, align_depths
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from subcircuit.analysis.durable import durable_sweep
     from subcircuit.analysis.eap import EdgeScores, edge_scores
     from subcircuit.analysis.edge_ablation import EdgeAblation, edge_score
-    from subcircuit.analysis.edges import EdgeEffects, edges_between, prune_edges, verify_edges
+    from subcircuit.analysis.edges import edges_between, edges_kept, prune_edges
     from subcircuit.analysis.evaluation import Evaluation, circuits_scored, evaluate_circuit
     from subcircuit.analysis.faithfulness import Ablation, node_drops, score
     from subcircuit.analysis.features import feature_scores, firing_tokens
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from subcircuit.analysis.masks import learn_masks, mask_circuit
     from subcircuit.analysis.nodes import candidate_nodes, candidates_of
     from subcircuit.analysis.overlap import Overlap, overlap
+    from subcircuit.analysis.paths import EdgeEffects, paths_between, trace_paths, verify_edges
     from subcircuit.analysis.plan import plan
     from subcircuit.analysis.pruning import prune_nodes
     from subcircuit.analysis.screen import Screening, screen
@@ -89,6 +91,7 @@ _HOMES = {
         "intersection",
         "union",
     ),
+    "analysis.circuit_formats": ("load_mib", "save_mib"),
     "analysis.compare": (
         "Comparison",
         "compare_circuits",
@@ -118,10 +121,9 @@ _HOMES = {
     ),
     "analysis.edge_ablation": ("EdgeAblation", "edge_score"),
     "analysis.edges": (
-        "EdgeEffects",
         "edges_between",
+        "edges_kept",
         "prune_edges",
-        "verify_edges",
     ),
     "analysis.evaluation": (
         "Evaluation",
@@ -156,6 +158,7 @@ _HOMES = {
         "Overlap",
         "overlap",
     ),
+    "analysis.paths": ("EdgeEffects", "paths_between", "trace_paths", "verify_edges"),
     "analysis.plan": ("plan",),
     "analysis.pruning": ("prune_nodes",),
     "analysis.screen": (
@@ -295,6 +298,7 @@ __all__ = [
     "edge_score",
     "edge_scores",
     "edges_between",
+    "edges_kept",
     "errors",
     "evaluate_circuit",
     "faithfulness_curve",
@@ -309,6 +313,7 @@ __all__ = [
     "lens",
     "load",
     "load_dictionary",
+    "load_mib",
     "mask_circuit",
     "mean_difference",
     "node_drops",
@@ -316,11 +321,13 @@ __all__ = [
     "overlap",
     "patch_effects",
     "path_effects",
+    "paths_between",
     "plan",
     "prune_edges",
     "prune_nodes",
     "random_baseline",
     "save_dictionary",
+    "save_mib",
     "score",
     "screen",
     "sensitivity",
@@ -332,6 +339,7 @@ __all__ = [
     "task_from_file",
     "task_from_tokens",
     "task_names",
+    "trace_paths",
     "train_dictionary",
     "transfer",
     "transfer_kinds",

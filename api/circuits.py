@@ -2,20 +2,42 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import subcircuit as sc
 from subcircuit.console import warn
+from subcircuit.engine.errors import StoreError
 
 if TYPE_CHECKING:
+    from subcircuit.engine.config import ModelConfig
     from subcircuit.engine.model import HookedTransformer
 
 
 def load_circuits(files: Iterable[Path]) -> dict[Path, sc.Circuit]:
     """Circuits by file. Raises StoreError that names the file when one cannot be read."""
     return {file: sc.Circuit.load(file) for file in files}
+
+
+def load_circuit(file: Path, model: str | None, task: str, device: str) -> tuple[sc.Circuit, ModelConfig]:
+    """A circuit in our JSON or MIB's, with the configuration of its model: the one named, or the one the file names.
+
+    Raises StoreError that names the file when it cannot be read, or does not say whose it is when nobody else does.
+    """
+    from subcircuit.analysis.circuit_formats import is_mib, load_mib
+
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise StoreError(f"{file}: {error}") from error
+    circuit = None if is_mib(values) else sc.Circuit.load(file)
+    name = model or (circuit.model if circuit else "")
+    if not name:
+        raise StoreError(f"{file} does not say of which model its circuit is; expected --model")
+    config = sc.load(name, device=device).config
+    return circuit or load_mib(file, config, task=task)[0], config
 
 
 def warn_of_other_model(circuits: dict[Path, sc.Circuit], model: HookedTransformer) -> None:

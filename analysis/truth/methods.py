@@ -14,12 +14,13 @@ from subcircuit.analysis.discover import discover
 from subcircuit.analysis.eap import EdgeMethod, edge_scores
 from subcircuit.analysis.edge_ablation import EdgeAblation
 from subcircuit.analysis.edge_masks import circuit_of_edge_masks, learn_edge_masks
-from subcircuit.analysis.edges import prune_edges, verify_edges
+from subcircuit.analysis.edges import prune_edges
 from subcircuit.analysis.faithfulness import Ablation
 from subcircuit.analysis.gradients import Method as GradientMethod
 from subcircuit.analysis.gradients import gradient_scores
 from subcircuit.analysis.masks import circuit_of_masks, learn_masks
 from subcircuit.analysis.nodes import all_nodes
+from subcircuit.analysis.paths import verify_edges
 from subcircuit.analysis.sweep import sweep
 from subcircuit.analysis.tasks import Task
 from subcircuit.analysis.truth.build import Truth

@@ -40,7 +40,7 @@ Candidates = dict["ModelConfig", "list[Component]"]
 """What circuits may consist of, by model; none of a model without dictionaries, where that is every head and MLP."""
 
 Scored = dict[str, dict[str, tuple[float, float, float]]]
-"""Points with interval, by task and circuit."""
+"""Points with interval, by task and circuit: of their nodes, and under `…, by edges` of their edges alone."""
 
 
 def compare(
@@ -169,11 +169,15 @@ def _scored(
     if len(circuits) > 1:
         together = list(circuits.values())
         circuits = circuits | {"shared by all": sc.intersection(together), "union": sc.union(together)}
+    with_edges = {name: circuit for name, circuit in circuits.items() if circuit.edges}
     scored: Scored = {}
     for name in tasks:
-        ablation = sc.Ablation(model, build(name, model), source=source)
+        prompts = build(name, model)
         label = f"{name} ({model.config.name})" if several_models else name
-        scored[label] = circuits_scored(ablation, circuits, seed=seed)
+        scored[label] = circuits_scored(sc.Ablation(model, prompts, source=source), circuits, seed=seed)
+        if with_edges:
+            by_edges = sc.EdgeAblation(model, prompts, source=source)
+            scored[f"{label}, by edges"] = circuits_scored(by_edges, with_edges, seed=seed)
     return scored
 
 

@@ -100,13 +100,17 @@ def discover(
     device: DeviceOption = "cpu",
     circuit_file: Annotated[
         Path | None,
-        typer.Option("--out", "-o", help="Write the circuit to this file: JSON, Graphviz (.dot) or a diagram (.svg)."),
+        typer.Option(
+            "--out",
+            "-o",
+            help="Write the circuit to this file: .json, .mib.json (MIB), .dot (Graphviz) or .svg.",
+        ),
     ] = None,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
     """Find the circuit of one task: heads, MLPs and features of dictionaries, or edges."""
-    from subcircuit.analysis.circuit_figure import SUFFIXES, circuit_text
+    from subcircuit.analysis.circuit_formats import SUFFIXES, circuit_text
     from subcircuit.engine.threads import suitable_threads
 
     check_suffix(circuit_file, *SUFFIXES)
@@ -166,7 +170,7 @@ def discover(
                 **of_edges,
             )
     if circuit_file is not None:
-        text = circuit_text(circuit, circuit_file.suffix, loaded.config.group_size)
+        text = circuit_text(circuit, circuit_file.name, loaded.config)
         write_text(circuit_file, text, silent=quiet or as_json)
     print(circuit.to_json() if as_json else _described(circuit))
     warn_of_empty(circuit)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -33,9 +34,14 @@ from subcircuit.options import (
 )
 
 if TYPE_CHECKING:
+    from subcircuit.analysis.ablation import ItemAblation
     from subcircuit.analysis.baselines import Baseline
     from subcircuit.analysis.curves import Curve
     from subcircuit.analysis.evaluation import Evaluation
+    from subcircuit.engine.patching.graph import Edge
+
+N_DROPS = 50
+"""Edges of a large model whose loss is measured one by one."""
 
 
 def faithfulness(
@@ -51,18 +57,35 @@ def faithfulness(
     source: SourceOption = "mean",
     metric: MetricOption = Metric.logit_difference,
     n_random: Annotated[int, typer.Option("--random", min=0, help="Random circuits to compare with.")] = 100,
-    match: Annotated[str, typer.Option(help="Random circuits alike in size or in layers.")] = "size",
+    match: Annotated[
+        str, typer.Option(help="Random circuits alike in size or in layers; of edges, or between the same nodes.")
+    ] = "size",
     n_knockouts: Annotated[int, typer.Option("--knockouts", min=0, help="Random parts knocked out.")] = 20,
-    greedy: Annotated[int, typer.Option(min=0, help="Parts of up to so many nodes, chosen to tell most.")] = 3,
+    greedy: Annotated[
+        int | None,
+        typer.Option(min=0, help="Parts of up to so many nodes or edges, chosen to tell most: 3 of nodes, 0 of edges."),
+    ] = None,
+    by_nodes: Annotated[
+        bool, typer.Option("--nodes", help="Judge the nodes of a circuit that has edges, with all edges between them.")
+    ] = False,
+    n_drops: Annotated[
+        int | None,
+        typer.Option(
+            "--drops", min=1, help="The strongest edges, whose loss is measured: all of a small model, else 50."
+        ),
+    ] = None,
     figure: Annotated[Path | None, typer.Option(help="Write the curve of recovered share to this SVG file.")] = None,
     dtype: DtypeOption = "float32",
     device: DeviceOption = "cpu",
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Judge how faithful, complete and minimal a circuit is. Beside random circuits, with CPR and CMD."""
+    """Judge how faithful, complete and minimal a circuit is. Beside random circuits, with CPR and CMD.
+
+    A circuit with edges is judged by these, another by its nodes.
+    """
     from subcircuit.analysis.baselines import random_baseline
-    from subcircuit.analysis.curves import ablation_curve, node_ranking
+    from subcircuit.analysis.curves import ablation_curve
     from subcircuit.analysis.evaluation import evaluate_circuit
     from subcircuit.engine.threads import suitable_threads
 
@@ -72,14 +95,22 @@ def faithfulness(
     warn_of_other_model(saved, loaded)
     prompts = sc.task(task, loaded, n=n, seed=seed, template=template, filter=only_answered)
     with progress_bars(quiet) as progress, suitable_threads(loaded):
-        ablation = sc.Ablation(loaded, prompts, metric=metric.value, source=source)
         circuit = saved.get(circuit_file) if circuit_file else None
         if circuit is None:
             circuit = sc.discover(loaded, prompts, progress=lambda done, total: progress("pruning", done, total))
             warn_of_empty(circuit)
-        found = evaluate_circuit(ablation, circuit, n_knockouts=n_knockouts, greedy=greedy, seed=seed)
-        scores = sc.sweep(loaded, prompts, ablation.nodes, source=source, metric=metric.value)
-        curve = ablation_curve(ablation, node_ranking(scores), seed=seed)
+        of_edges = bool(circuit.edges) and not by_nodes
+        judge = sc.EdgeAblation if of_edges else sc.Ablation
+        ablation: ItemAblation[Any] = judge(loaded, prompts, metric=metric.value, source=source)
+        found = evaluate_circuit(
+            ablation,
+            circuit,
+            n_knockouts=n_knockouts,
+            greedy=(0 if of_edges else 3) if greedy is None else greedy,
+            asked=_strongest(circuit, n_drops, loaded) if of_edges else None,
+            seed=seed,
+        )
+        curve = ablation_curve(ablation, _ranking(ablation, of_edges), seed=seed)
         baseline = None
         if n_random:
             baseline = random_baseline(
@@ -91,11 +122,31 @@ def faithfulness(
                 progress=lambda done, total: progress("random circuits", done, total),
             )
     if figure is not None:
-        write_text(figure, _figure(curve, task), silent=quiet or as_json)
+        write_text(figure, _figure(curve, task, of_edges), silent=quiet or as_json)
     if as_json:
         print(json.dumps(_values(circuit, found, curve, baseline)))
     else:
-        _print(circuit, found, curve, baseline)
+        _print(circuit, found, curve, baseline, of_edges)
+
+
+def _strongest(circuit: sc.Circuit, n: int | None, model: sc.HookedTransformer) -> list[Edge] | None:
+    """The edges whose loss is measured; None for all."""
+    from subcircuit.engine.threads import is_small
+
+    if n is None and is_small(model):
+        return None
+    return sorted(circuit.edges, key=lambda edge: -abs(circuit.edge_scores.get(edge, 0.0)))[: n or N_DROPS]
+
+
+def _ranking(ablation: ItemAblation[Any], of_edges: bool) -> list[Any]:
+    """All nodes of the model by their effects, or all of its edges by EAP-IG, the most important first."""
+    from subcircuit.analysis.curves import node_ranking
+
+    model, task, source = ablation.model, ablation.task, ablation.settings["source"]
+    if of_edges:
+        scores = sc.edge_scores(model, task, "eap-ig", source=source)
+        return [edge for edge, _ in scores.top(scores.n_edges)]
+    return node_ranking(sc.sweep(model, task, ablation.items, source=source, metric=ablation.metric))
 
 
 def _values(circuit: sc.Circuit, found: Evaluation, curve: Curve, baseline: Baseline | None) -> dict[str, object]:
@@ -107,15 +158,18 @@ def _values(circuit: sc.Circuit, found: Evaluation, curve: Curve, baseline: Base
     }
 
 
-def _figure(curve: Curve, task: str) -> str:
+def _figure(curve: Curve, task: str, of_edges: bool) -> str:
     from subcircuit.analysis.figures import curve_figure
 
-    return curve_figure({task: curve}, "Recovered by the most important nodes")
+    return curve_figure({task: curve}, f"Recovered by the most important {'edges' if of_edges else 'nodes'}")
 
 
-def _print(circuit: sc.Circuit, found: Evaluation, curve: Curve, baseline: Baseline | None) -> None:
+def _print(circuit: sc.Circuit, found: Evaluation, curve: Curve, baseline: Baseline | None, of_edges: bool) -> None:
+    noun = "edge" if of_edges else "node"
     out.print(f"{circuit}\n")
-    if circuit.edges:
+    if of_edges:
+        out.print("Its edges are judged; all others of the model are removed.\n")
+    elif circuit.edges:
         out.print("Its nodes are judged, with all edges between them.\n")
     table = new_table("", "points", "95 % interval", "")
     rows = [("recovered", found.recovered, "by the circuit alone")]
@@ -127,26 +181,32 @@ def _print(circuit: sc.Circuit, found: Evaluation, curve: Curve, baseline: Basel
     out.print(table)
     incomplete = found.completeness.incomplete
     if len(incomplete):
-        worst = ", ".join(found.completeness.knockouts[found.completeness.worst])
+        worst = _listed(found.completeness.knockouts[found.completeness.worst])
         out.print(
             f"\nIncomplete by {float(incomplete.mean()):.1f} points on average over {len(incomplete)} knock-outs, "
             f"at most {float(incomplete.max()):.1f} (without {worst})"
         )
     needed = found.minimal()
-    out.print(f"Minimal in {len(needed)} of {len(found.items)} nodes (interval of the drop above 0)")
+    out.print(f"Minimal in {len(needed)} of {len(found.items)} {noun}s (interval of the drop above 0)")
     drops = sorted(((found.drops.at(i), name) for i, name in enumerate(found.items)), reverse=True)
-    listed = new_table("node", "points lost", "95 % interval")
+    listed = new_table(noun, "points lost", "95 % interval")
     for (mean, low, high), name in drops:
         listed.add_row(name, f"{mean:.1f}", f"{low:.1f} to {high:.1f}")
     out.print(listed)
     (cpr, *cpr_ends), (cmd, *cmd_ends) = curve.cpr.at(), curve.cmd.at()
-    out.print(f"\nNodes by size of effect: CPR {cpr:.3f} ({_ends(cpr_ends)}), CMD {cmd:.3f} ({_ends(cmd_ends)})")
+    ranked = "Edges of the model by EAP-IG" if of_edges else "Nodes by size of effect"
+    out.print(f"\n{ranked}: CPR {cpr:.3f} ({_ends(cpr_ends)}), CMD {cmd:.3f} ({_ends(cmd_ends)})")
     if baseline is not None:
         low, high = baseline.middle
         out.print(
             f"{len(baseline.random)} random circuits alike in {baseline.match} recover {baseline.mean:.1f} on average, "
             f"95 % of them {low:.1f} to {high:.1f}, the best {baseline.most:.1f}; p = {baseline.p:.2g}"
         )
+
+
+def _listed(names: Sequence[str], n_most: int = 12) -> str:
+    more = f" and {len(names) - n_most} more" if len(names) > n_most else ""
+    return ", ".join(names[:n_most]) + more
 
 
 def _ends(ends: list[float]) -> str:

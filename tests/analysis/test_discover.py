@@ -11,10 +11,13 @@ import torch
 from patching_cases import CONFIGS, random_model, task_for
 from subcircuit.analysis.circuit import Circuit
 from subcircuit.analysis.discover import discover
+from subcircuit.analysis.eap import edge_scores
+from subcircuit.analysis.edge_ablation import edge_score
 from subcircuit.analysis.faithfulness import Ablation, node_drops, score
 from subcircuit.analysis.metrics import accuracy, kl_divergence, log_probability
 from subcircuit.analysis.tasks import task as build_task
 from subcircuit.engine.errors import PatchError, TaskError
+from subcircuit.engine.patching.edges import edge_effects
 from subcircuit.weights.names import load
 
 SEED = random.randrange(10**6)
@@ -114,7 +117,7 @@ def test_no_option_is_silently_ignored(case):
             discover(model, task, ablation=ablation, **given)
     with pytest.raises(PatchError, match="steps 3 mean nothing to 'eap'"):
         discover(model, task, "eap", n_edges=4, steps=3)
-    for method, option in (("eap", "executor"), ("eap-ig", "metric"), ("acdc", "first"), ("masks", "n_edges")):
+    for method, option in (("eap", "metric"), ("eap-ig", "first"), ("acdc", "first"), ("masks", "n_edges")):
         with pytest.raises(PatchError, match=f"method '{method}' has no option '{option}'"):
             discover(model, task, method, **{option: "any"})
 
@@ -213,3 +216,20 @@ def test_what_cannot_be_pruned_is_refused(case):
         discover(model, replace(task, answer=task.wrong, wrong=task.answer))
     with pytest.raises(PatchError, match="'a7.h0' does not exist"):
         score(model, task, Circuit(heads=[(7, 0)], mlps=[]))
+
+
+def test_the_strongest_edges_are_scored_and_verified(case):
+    model, task = case
+    options = {"n_edges": 12, "source": "mean", "precision": "fp64"}
+    estimated = discover(model, task, "eap-ig", **options)
+    found = discover(model, task, "eap-ig", verify=True, **options)
+    assert found.edges == estimated.edges
+    assert found.score == pytest.approx(edge_score(model, task, found, source="mean", precision="fp64"))
+    exact = edge_effects(model, task, found.edges, source="mean", executor="reference", precision="fp64")
+    full = float(exact.clean_metric.mean())
+    for edge, effect in zip(found.edges, exact.effects.mean(1).tolist(), strict=True):
+        assert found.edge_scores[edge] == pytest.approx(-100 * effect / full, abs=1e-9)
+    scores = edge_scores(model, task, "eap-ig", source="mean", precision="fp64")
+    assert estimated.edge_scores == pytest.approx({edge: -100 * scores.of(edge) / full for edge in found.edges})
+    assert -1 <= found.settings["verified"]["rank_correlation"] <= 1
+    assert 0 <= found.settings["verified"]["same_sign"] <= 1

@@ -13,8 +13,9 @@ from subcircuit.analysis.acdc import acdc
 from subcircuit.analysis.circuit import Circuit
 from subcircuit.analysis.discover import discover
 from subcircuit.analysis.edge_ablation import EdgeAblation, edge_score
-from subcircuit.analysis.edges import edges_between, prune_edges, verify_edges
+from subcircuit.analysis.edges import edges_between, prune_edges
 from subcircuit.analysis.faithfulness import score
+from subcircuit.analysis.paths import paths_between, trace_paths, verify_edges
 from subcircuit.engine.errors import PatchError, TaskError
 from subcircuit.engine.patching.edges import EdgeSet, edge_effects, path_effects
 from subcircuit.engine.patching.graph import INPUT, LOGITS, edges, receivers
@@ -249,3 +250,29 @@ def test_what_cannot_be_done_is_named(case):
         EdgeAblation(model, task).score_of([("m1", "m0")])
     with pytest.raises(TaskError, match="does not prefer the answers"):
         EdgeAblation(model, replace(task, answer=task.wrong, wrong=task.answer))
+
+
+@pytest.mark.parametrize("freeze", ["heads", "heads+mlps", "none"])
+def test_paths_to_a_receiver_are_traced_from_every_sender(case, freeze):
+    model, task = case
+    chosen = paths_between(model.config, [], ["a1.h2", "logits"])
+    assert {receiver for _, receiver in chosen} == {"a1.q2", "logits", *readers_of_key(model.config)}
+    assert len({sender for sender, receiver in chosen if receiver == LOGITS}) == 1 + 2 * (model.config.n_heads + 1)
+    exact = path_effects(model, task, chosen, freeze=freeze, **EXACT)
+    found = trace_paths(model, task, chosen, freeze=freeze, precision="fp64")
+    assert relative_error(found.effects, exact.effects) < 1e-10
+    rows = found.table()
+    assert [(row["sender"], row["receiver"]) for row in rows] == chosen
+    for row, effects in zip(rows, exact.effects, strict=True):
+        assert row["effect"] == pytest.approx(float(effects.mean()), abs=1e-9)
+        assert row["low"] <= row["effect"] <= row["high"]
+    assert paths_between(model.config, ["m0", "input"], ["m1"]) == [("input", "m1"), ("m0", "m1")]
+    with pytest.raises(PatchError, match="edge 'm1' -> 'a1.q0' does not exist"):
+        paths_between(model.config, ["m1"], ["a0.q1", "a1.q0"])
+    with pytest.raises(PatchError, match="'a9.h0' does not exist"):
+        paths_between(model.config, [], ["a9.h0"])
+
+
+def readers_of_key(config):
+    group = 2 // config.group_size
+    return {f"a1.k{group}", f"a1.v{group}"}
