@@ -307,8 +307,8 @@ def test_task_files_are_studied_under_short_names_and_resumed_while_they_say_the
     answered = {row["kind"]: row["n_answered"] for row in rows}
     assert (answered["my-months"], answered["numerals-2"]) == (len(MONTHS_SHOWN), len(MONTHS_SHOWN))
     assert run.run["notes"] == [
-        "tiny-gpt2: left out for task 'numerals-2': edges, since paths are patched with corrupted prompts, which the task "
-        "lacks"
+        "tiny-gpt2: left out for task 'numerals-2': edges, "
+        "since paths are patched with corrupted prompts, which the task lacks"
     ]
     assert "corrupted: None" not in (run.path / "report.html").read_text()
     files[1].write_text(json.dumps(bare, indent=3))
