@@ -10,8 +10,9 @@ arXiv 2407.08734), so each conclusion is a predicate that either holds under a c
     all matter    every node's loss costs something: all drops are above 0
     same ranking  drops rank the nodes as under the first convention: Spearman's ρ is at least `RANK_AGREES`
 
-Points are 100 · (m(C) − m(∅)) / (m(M) − m(∅)), as in `evaluation`. Where ablating everything does not surely make the
-metric worse (in `SURE` of the resamples) there is nothing to recover, and nothing is concluded.
+Points are 100 · (m(C) − m(∅)) / (m(M) − m(∅)), as in `evaluation`. Where ablating everything does not surely (in
+`SURE` of the resamples) take at least `LEAST_AT_STAKE` of the full model's score there is too little to recover, and
+nothing is concluded: points are shares of what is at stake, and of next to nothing any noise is many points.
 """
 
 from __future__ import annotations
@@ -43,6 +44,8 @@ SCOPES = ("all", "from_difference", "members", "last")
 CHOICES = ("source", "metric", "scope", "prompts")
 CONCLUSIONS = ("recovers", "beats random", "all matter", "same ranking")
 SURE = 0.975
+LEAST_AT_STAKE = 0.1
+"""Of the full model's score (`share_left`): what ablating everything has to take from it."""
 RANK_AGREES = 0.7
 """From this Spearman's ρ on two rankings are called the same; half of the variance of one is then in the other."""
 
@@ -70,8 +73,10 @@ class Outcome:
     """What the circuit keeps of the full model, as `Ablation` defines it for the metric."""
     at_stake: float
     """m(M) − m(∅), in units of the metric: what ablating every node costs; negative for KL."""
+    share_at_stake: float
+    """The same as a share of the full model's score, whatever the metric: 1 − the score of nothing / 100."""
     recovered: tuple[float, float, float] | None
-    """Points with the ends of the bootstrap interval; None where there is nothing to recover."""
+    """Points with the ends of the bootstrap interval; None where there is too little to recover."""
     random_most: float | None
     """Points of the best random circuit."""
     least_drop: tuple[str, float] | None
@@ -289,8 +294,9 @@ class _Measured:
 
     score: float
     at_stake: float
+    share_at_stake: float
     usable: Bool[Tensor, " draw"]
-    """Whether there is anything to recover: ablating everything makes the metric worse."""
+    """Whether there is enough to recover: ablating everything takes at least `LEAST_AT_STAKE` of the score."""
     recovered: Float[Tensor, " draw"]
     drops: Float[Tensor, "node draw"]
     random: Float[Tensor, "circuit draw"]
@@ -304,11 +310,14 @@ class _Measured:
         means = torch.cat([values.mean(1, keepdim=True), drawn], 1)
         full, nothing, kept = means[:3]
         points = 100 * (means[2:] - nothing) / (full - nothing)
+        # KL counts what is lost: the full model has least of it. Shares say nothing where the full model's is negative.
+        is_worse = nothing > full if metric == "kl" else full > nothing
+        taken = 1 - share_left(metric, nothing, full)
         return cls(
             score=float(100 * share_left(metric, kept[0], full[0])),
             at_stake=float(full[0] - nothing[0]),
-            # KL counts what is lost: the full model has least of it.
-            usable=nothing > full if metric == "kl" else full > nothing,
+            share_at_stake=float(taken[0]),
+            usable=is_worse & (taken >= LEAST_AT_STAKE),
             recovered=points[0],
             drops=points[0] - points[1 : n_nodes + 1],
             random=points[n_nodes + 1 :],
@@ -316,15 +325,16 @@ class _Measured:
 
     @property
     def concludes(self) -> bool:
-        """Whether there surely is something to recover."""
+        """Whether there surely is enough to recover."""
         return bool(self.usable[0]) and float(self.usable[1:].double().mean()) >= SURE
 
     def outcome(
         self, convention: Convention, circuit: Circuit, threshold: float, first_drops: Float[Tensor, " node"] | None
     ) -> Outcome:
+        stake = self.at_stake, self.share_at_stake
         if first_drops is None or not self.concludes:
             nothing = dict.fromkeys(CONCLUSIONS)
-            return Outcome(convention, self.score, self.at_stake, None, None, None, None, nothing, nothing)
+            return Outcome(convention, self.score, *stake, None, None, None, None, nothing, nothing)
         drawn = self.usable.clone()
         drawn[0] = False  # the prompts themselves are no resample
         agreement = rank_correlation(self.drops.T, first_drops)
@@ -333,7 +343,7 @@ class _Measured:
         return Outcome(
             convention,
             self.score,
-            self.at_stake,
+            *stake,
             percentile_interval(self.recovered[0], self.recovered[drawn]).at(),
             float(self.random[:, 0].max()) if len(self.random) else None,
             (str(circuit.nodes[least]), float(self.drops[least, 0])),

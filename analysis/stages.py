@@ -165,7 +165,7 @@ def sensitivity_stage(subject: Subject, progress: Progress) -> Section:
         ),
         Table(
             "Every convention: points recovered with their 95 % interval, the best random circuit, the node that costs "
-            "least, and ρ of the ranking of nodes with the first one's. A dash: nothing to recover.",
+            "least, and ρ of the ranking of nodes with the first one's. A dash: too little to recover.",
             ("source", "metric", "scope", "recovered", "low", "high", "random", "least", "costs", "ρ"),
             [_convention_row(outcome) for outcome in found.outcomes],
             digits=1,
@@ -187,7 +187,7 @@ def _surviving(found: Sensitivity, n_prompts: int) -> tuple[str, ...]:
     n_all = max(total for _, total in found.survival().values())
     sentences = [
         f"The circuit under {len(found.outcomes)} conventions, {', '.join(tried)}, on {n_prompts} prompts and "
-        f"bootstrap resamples of them. In {n_all} there surely is something to recover.",
+        f"bootstrap resamples of them. In {n_all} there surely is enough to recover.",
     ]
     always = found.surviving()
     held = ", ".join(found.meaning(name) for name in always)
@@ -227,11 +227,11 @@ NEEDS_NO_NODES = ("lens",)
 def why_not(stage: str, circuit: Circuit, task: Task) -> str | None:
     """Why a stage cannot be asked of this circuit on this task; None where it can."""
     if not circuit.nodes and stage not in NEEDS_NO_NODES:
-        return "the circuit is empty"
+        return "its circuit is empty"
     if stage == "edges" and task.corrupted is None:
         return "paths are patched with corrupted prompts, which the task lacks"
     if stage == "edge-faithfulness" and not circuit.edges:
-        return "the circuit has no edges"
+        return "its circuit has no edges"
     return None
 
 

@@ -366,10 +366,15 @@ class _ModelStudy:
         )
         if not subject.circuit.nodes:
             self._note(f"{self.name}: the circuit of task {name!r} is empty: {why_empty(subject.circuit)}")
+        reasons: dict[str, list[str]] = {}
         for stage, ask in TASK_STAGES.items():
-            if stage not in settings.stages or self.directory.has(f"results/{self.slug}.{name}.{stage}.json"):
+            if stage not in settings.stages:
                 continue
-            reason = why_not(stage, subject.circuit, task)
+            reason, file = why_not(stage, subject.circuit, task), f"{self.slug}.{name}.{stage}"
+            if reason is not None:
+                reasons.setdefault(reason, []).append(stage)
+            if self.directory.has(f"results/{file}.json"):
+                continue
             if reason is None:
                 with self._stage(f"{name}, {stage}") as step:
                     section = ask(subject, step)
@@ -379,8 +384,9 @@ class _ModelStudy:
                         self.directory.write_json(f"circuits/{self.slug}.{name}.json", section.circuit.to_dict())
             else:
                 section = left_out(stage, reason)
-                self._note(f"{self.name}: {stage} of task {name!r} is left out: {reason}")
-            self._write_section(f"{self.slug}.{name}.{stage}", section)
+            self._write_section(file, section)
+        for reason, stages in reasons.items():
+            self._note(f"{self.name}: left out for task {name!r}: {', '.join(stages)}, since {reason}")
 
     def _note(self, *notes: str) -> None:
         """Add to what run.json says beside the results, once each."""

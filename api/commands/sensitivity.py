@@ -98,7 +98,7 @@ def sensitivity(
 
 
 def _print(found: Sensitivity) -> None:
-    from subcircuit.analysis.sensitivity import CHOICES, CONCLUSIONS
+    from subcircuit.analysis.sensitivity import CHOICES, CONCLUSIONS, LEAST_AT_STAKE
 
     out.print(f"{found.circuit}\n")
     table = new_table(
@@ -108,10 +108,13 @@ def _print(found: Sensitivity) -> None:
         convention = outcome.convention
         verdicts = [_verdict(outcome, name) for name in CONCLUSIONS]
         names = convention.prompts, convention.source, convention.scope, convention.metric
-        table.add_row(*names, f"{outcome.at_stake:.2f}", *_points(outcome), *verdicts)
+        table.add_row(*names, f"{outcome.at_stake:.2f} ({outcome.share_at_stake:.0%})", *_points(outcome), *verdicts)
     out.print(table)
     out.print("\nBeside yes and no: in how many of the bootstrap resamples of the prompts it holds.")
-    out.print("At stake: what ablating every node takes from the metric.\n")
+    out.print(
+        "At stake: what ablating every node takes from the metric, and of the full model's score. "
+        f"Below {LEAST_AT_STAKE:.0%} of it, or where that is unsure, nothing is concluded.\n"
+    )
     counts = new_table("holds under", *CONCLUSIONS)
     counts.add_row("all conventions", *map(_count, found.survival().values()))
     for choice in CHOICES:
@@ -131,7 +134,7 @@ def _print(found: Sensitivity) -> None:
 def _points(outcome: Outcome) -> tuple[str, str, str]:
     score = f"{outcome.score:.1f}"
     if outcome.recovered is None:
-        return score, "–", "nothing to recover"
+        return score, "–", "too little at stake"
     mean, low, high = outcome.recovered
     return score, f"{mean:.1f}", f"{low:.1f} to {high:.1f}"
 

@@ -130,9 +130,10 @@ def _print(found: Transfer) -> None:
         table.add_row(row["kind"], row["circuit"], answered, *shares, _percent(row["random_least"]), p)
     if table.row_count:
         out.print(table)
+        out.print()
     silent = [kind.kind for kind in found.kinds if not kind.prompts]
     if silent:
-        out.print(f"\nThe whole model continues no prompt of {', '.join(silent)} rightly: nothing to compare.")
+        out.print(f"The whole model continues no prompt of {', '.join(silent)} rightly: nothing to compare.")
 
 
 def _percent(value: float | None) -> str:

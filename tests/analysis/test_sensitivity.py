@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 from dataclasses import replace
 
@@ -11,6 +12,7 @@ import torch
 
 from circuit_cases import random_circuit, reference_ablation
 from patching_cases import CONFIGS, random_model, task_for
+from subcircuit.analysis import sensitivity as conventions
 from subcircuit.analysis.circuit import Circuit
 from subcircuit.analysis.evaluation import leave_out
 from subcircuit.analysis.nodes import all_nodes, random_nodes
@@ -52,9 +54,13 @@ def test_every_convention_is_what_single_forwards_give(case):
 
         full, nothing, alone = mean(everything), mean([]), mean(nodes)
         assert outcome.at_stake == pytest.approx(full - nothing, abs=1e-5)
+        share = {"kl": -math.expm1(-nothing), "log_probability": -math.expm1(nothing - full)}
+        taken = share[convention.metric] if convention.metric in share else 1 - nothing / full
+        assert outcome.share_at_stake == pytest.approx(taken, rel=1e-3, abs=1e-4)
         if outcome.recovered is None:
             assert set(outcome.holds.values()) == {None}
             continue
+        assert outcome.share_at_stake >= 0.1
         width = (full - nothing) / 100
         assert width < 0 if convention.metric == "kl" else width > 0
         recovered = (alone - nothing) / width
@@ -76,6 +82,13 @@ def test_every_convention_is_what_single_forwards_give(case):
             assert outcome.holds["same ranking"] == (rho >= RANK_AGREES)
 
 
+@pytest.fixture
+def anything_at_stake(monkeypatch):
+    """Random models may lose little of their predictions."""
+    monkeypatch.setattr(conventions, "LEAST_AT_STAKE", 0.0)
+
+
+@pytest.mark.usefixtures("anything_at_stake")
 def test_the_whole_model_recovers_all_under_every_convention(case):
     model, task, _ = case
     everything = Circuit.of_nodes(all_nodes(model.config))
@@ -92,6 +105,35 @@ def test_the_whole_model_recovers_all_under_every_convention(case):
     assert "beats random" not in found.surviving()
 
 
+@pytest.mark.parametrize(
+    ("metric", "full", "nothing", "concludes"),
+    [
+        ("logit_difference", 4.0, 3.8, False),  # sure, as all prompts lose the same, but a twentieth
+        ("logit_difference", 4.0, 3.2, True),
+        ("logit_difference", 4.0, 4.5, False),
+        ("accuracy", 1.0, 0.95, False),
+        ("accuracy", 1.0, 0.5, True),
+        ("log_probability", -1.0, -1.05, False),
+        ("log_probability", -1.0, -1.3, True),
+        ("kl", 0.0, 0.02, False),
+        ("kl", 0.0, 0.2, True),
+    ],
+)
+def test_nothing_is_concluded_from_less_than_a_tenth_of_the_score(metric, full, nothing, concludes):
+    values = torch.tensor([[full], [nothing], [(full + nothing) / 2]], dtype=torch.float64).expand(3, 6)
+    measured = conventions._Measured.of(values, metric, 0, 50, SEED)
+    assert measured.concludes is concludes
+
+
+def test_what_only_some_resamples_have_at_stake_is_unsure():
+    full = torch.full((8,), 2.0, dtype=torch.float64)
+    nothing = full - torch.tensor([2.0, 0, 0, 0, 0, 0, 0, 0])  # an eighth on average, all of it from one prompt
+    measured = conventions._Measured.of(torch.stack([full, nothing, full]), "logit_difference", 0, 400, SEED)
+    assert measured.share_at_stake == pytest.approx(1 / 8)
+    assert not measured.concludes
+
+
+@pytest.mark.usefixtures("anything_at_stake")
 def test_survival_is_counted_by_every_choice(case):
     model, task, circuit = case
     tasks = {"a": task, "b": task.subset([0, 2, 3, 5])}

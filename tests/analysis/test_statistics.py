@@ -19,6 +19,7 @@ from subcircuit.analysis.statistics import (
     rank_correlation,
     resampled_means,
     sign_flip_p,
+    smallest_p,
     tail_p,
 )
 
@@ -83,6 +84,15 @@ def test_few_prompts_have_every_sign_pattern_counted(generator):
         assert p == pytest.approx(sum(total >= abs(float(row.sum())) - 1e-9 for total in sums) / 2**7)
     assert sign_flip_p(torch.ones(5)).item() == 2 / 2**5
     assert sign_flip_p(torch.zeros(5)).item() == 1
+
+
+@pytest.mark.parametrize("n_prompts", [1, 4, 14, 15, 40])
+def test_no_p_is_smaller_than_that_of_values_of_one_sign(n_prompts):
+    found = sign_flip_p(torch.ones(n_prompts)).item()
+    assert found >= smallest_p(n_prompts) * (1 - 1e-6) > 0
+    # where signs are drawn, those observed may be drawn again
+    assert found == pytest.approx(smallest_p(n_prompts), rel=1e-6 if n_prompts <= 14 else 4)
+    assert smallest_p(n_prompts, n_flips=9) == (1 if n_prompts == 1 else 0.1)
 
 
 def test_drawn_sign_patterns_come_near_the_enumerated_ones(generator):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import re
 import weakref
 from dataclasses import replace
@@ -16,7 +17,7 @@ from subcircuit.analysis.circuit import Circuit
 from subcircuit.analysis.faithfulness import score
 from subcircuit.analysis.records import fingerprint, slugs_of
 from subcircuit.analysis.report import write_report
-from subcircuit.analysis.stages import TASK_STAGES
+from subcircuit.analysis.stages import STAGES, TASK_STAGES
 from subcircuit.analysis.study import StudySettings, circuits_of, scores_of, study
 from subcircuit.analysis.sweep import sweep
 from subcircuit.analysis.tasks import task
@@ -256,6 +257,87 @@ def test_a_task_that_a_model_cannot_do_is_left_out_with_a_note(tmp_path, monkeyp
     assert run.run["notes"] == ["tiny-gpt2: task 'months': these months are not single tokens"]
     assert list(circuits_of(run, "tiny-gpt2")) == ["numerals"]
     assert "these months are not single tokens" in (run.path / "report.html").read_text()
+
+
+def test_an_empty_circuit_ends_no_study(tmp_path):
+    settings = replace(SETTINGS, tasks=("greater_than", "numerals"), stages=STAGES)
+    run = study(settings, str(tmp_path / "run"))
+    circuit = circuits_of(run, "tiny-gpt2")["greater_than"]
+    assert not circuit.nodes
+    assert circuit.score > 100
+    empty, left_out = run.run["notes"]
+    assert empty.startswith(
+        "tiny-gpt2: the circuit of task 'greater_than' is empty: no node is needed: with source mean"
+    )
+    assert "the model scores 104 of 100 by logit difference; try another source or metric, or more prompts" in empty
+    stages = "faithfulness, sensitivity, edges, roles"
+    assert left_out == f"tiny-gpt2: left out for task 'greater_than': {stages}, since its circuit is empty"
+    assert run.read_json("results/tiny-gpt2.greater_than.lens.json")["figures"]
+    assert run.read_json("results/tiny-gpt2.greater_than.json")["random_scores"] == []
+    assert run.read_json("results/tiny-gpt2.numerals.faithfulness.json")["data"]["score"]
+    assert {row["circuit"] for row in run.read_json("results/tiny-gpt2.transfer.json")["data"]["rows"]} == {"numerals"}
+    page = (run.path / "report.html").read_text()
+    assert page.count("Left out: its circuit is empty.") == 4
+    assert "the circuit of task &#39;greater_than&#39; is empty" in page
+
+
+@pytest.mark.usefixtures("no_report")
+def test_a_study_whose_circuits_are_all_empty_is_finished_once(tmp_path, monkeypatch):
+    settings = replace(SETTINGS, tasks=("greater_than",))
+    run = study(settings, str(tmp_path / "run"))
+    assert run.run["notes"][-1] == "tiny-gpt2: transfer is left out: no circuit has heads"
+    monkeypatch.setattr(study_module, "load", lambda *args, **options: pytest.fail("loaded again"))
+    assert study(settings, str(tmp_path / "run"), resume=True).run["notes"] == run.run["notes"]
+
+
+def test_task_files_are_studied_under_short_names_and_resumed_while_they_say_the_same(tmp_path):
+    rows = [f"{a} {b} {c},{a} {b} {z},{d},{c}" for a, b, c, d, z in MONTHS_SHOWN]
+    files = tmp_path / "my months.csv", tmp_path / "numerals.json"
+    files[0].write_text("\n".join(["clean,corrupted,answer,wrong", *rows]))
+    bare = [{"clean": f"{a} {b} {c}", "answer": d, "wrong": c} for a, b, c, d, _ in MONTHS_SHOWN]
+    files[1].write_text(json.dumps(bare))
+    settings = replace(SETTINGS, tasks=(*files, "numerals"), source="mean", stages=STAGES)
+    run = study(settings, str(tmp_path / "run"))
+    assert run.run["tasks"] == ["my-months", "numerals-2", "numerals"]
+    circuits = circuits_of(run, "tiny-gpt2")
+    assert [circuit.task for circuit in circuits.values()] == list(circuits) == run.run["tasks"]
+    model = load("tiny-gpt2")
+    assert score(model, task(files[0], model), circuits["my-months"]) == pytest.approx(circuits["my-months"].score)
+    rows = run.read_json("results/tiny-gpt2.transfer.json")["data"]["rows"]
+    answered = {row["kind"]: row["n_answered"] for row in rows}
+    assert (answered["my-months"], answered["numerals-2"]) == (len(MONTHS_SHOWN), len(MONTHS_SHOWN))
+    assert run.run["notes"] == [
+        "tiny-gpt2: left out for task 'numerals-2': edges, "
+        "since paths are patched with corrupted prompts, which the task lacks"
+    ]
+    assert "corrupted: None" not in (run.path / "report.html").read_text()
+    files[1].write_text(json.dumps(bare, indent=3))
+    study(settings, str(tmp_path / "run"), resume=True)
+    files[1].write_text(json.dumps(bare[1:]))
+    with pytest.raises(StoreError, match=r"holds a run already, with contents_of_files = .*numerals\.json"):
+        study(settings, str(tmp_path / "run"), resume=True)
+
+
+MONTHS_SHOWN = [
+    ("April", "May", "June", "July", "January"),
+    ("May", "June", "July", "August", "March"),
+    ("June", "July", "August", "September", "April"),
+]
+
+
+@pytest.mark.usefixtures("no_report")
+def test_what_is_wrong_with_a_task_file_is_said_before_anything_is_written(tmp_path):
+    file = tmp_path / "mine.csv"
+    settings = replace(SETTINGS, tasks=(str(file),))
+    with pytest.raises(TaskError, match=r"task file .*mine\.csv cannot be read"):
+        study(settings, str(tmp_path / "run"))
+    file.write_text("clean,answer\nMay June,July\n")
+    with pytest.raises(TaskError, match=r"mine\.csv, row 1: no wrong"):
+        study(settings, str(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+    file.write_text("clean,answer,wrong\nMay June,July,June\n")
+    with pytest.raises(TaskError, match="task 'mine' has no corrupted prompts; expected the source mean or zero"):
+        study(settings, str(tmp_path / "run"))
 
 
 def test_a_model_that_prefers_the_wrong_answer_does_not_do_the_task(tmp_path, monkeypatch):

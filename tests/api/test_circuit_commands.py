@@ -23,7 +23,7 @@ TINY = ("--model", "tiny-gpt2", "--task", "months", "--n", 4)
 def test_compare_says_what_chance_gives_and_scores_circuits(run, files, tmp_path):
     arguments = ("compare", *files, "--model", "tiny-gpt2", "--figure", tmp_path / "overlap.svg")
     status, out, err = run(*arguments, "--task", "months", "--n", 4)
-    assert (status, err) == (0, "")
+    assert (status, err) == (0, f"wrote {tmp_path / 'overlap.svg'}\n")
     assert "by chance" in out
     assert "shared by all" in out
     assert (tmp_path / "overlap.svg").read_text().startswith("<svg")
@@ -41,9 +41,13 @@ def test_a_circuit_without_a_model_needs_one(run, files):
         2,
         "error: Invalid value: circuit 'b' does not say of which model it is; expected --model\n",
     )
-    assert run("compare", files[0])[2] == "error: 1 circuits cannot be compared; expected at least two\n"
+    assert run("compare", files[0])[2] == "error: circuits to compare: a; expected at least two\n"
     status, _, err = run("compare", files[0], "missing.json")
     assert (status, err) == (2, "error: missing.json: No such file or directory\n")
+    (files[0].parent / "none.json").write_text("{}")
+    status, _, err = run("compare", files[0], files[0].parent / "none.json")
+    assert status == 2
+    assert "none.json: not a circuit: it has no field 'schema'; expected an object with schema 1 or 2" in err
     status, _, err = run("compare", files[0], files[0])
     assert status == 2
     assert "a circuit is given twice" in err
@@ -71,6 +75,38 @@ def test_a_circuit_of_another_model_is_used_with_a_warning(run, tmp_path):
     assert err.startswith(warning + "error: ")
 
 
+NOTHING_NEEDED = "warning: the circuit is empty: no node is needed: with source mean in place of every one"
+
+
+def test_a_circuit_that_needs_no_node_is_said_to_and_what_to_try(run, tmp_path):
+    task = ("--model", "tiny-gpt2", "--task", "greater_than", "--n", 8, "--quiet")
+    for more in ((), ("--edges",), ("--json",), ("--method", "masks", "--steps", 5)):
+        status, out, err = run("discover", *task, *more, "--out", tmp_path / "c.json")
+        assert status == 0
+        assert "0 heads" in out or json.loads(out)["heads"] == []
+        assert err.startswith(NOTHING_NEEDED)
+        assert "the model scores 104 of 100 by logit difference; try another source or metric, or more" in err
+    for command in ("faithfulness", "sensitivity"):
+        status, _, err = run(command, *task)
+        assert status == 2
+        assert err.startswith(NOTHING_NEEDED)
+    status, _, err = run("discover", *task, "--method", "eap", "--threshold", 1000)
+    assert (status, "no edge that was taken leads through a node" in err) == (0, True)
+    few = ("discover", "--model", "tiny-gpt2", "--task", "months", "--n", 4, "--max-sweeps", 1, "--quiet")
+    assert run(*few)[2] == ""
+
+
+def test_kinds_of_which_the_model_continues_nothing_are_a_sentence_and_no_rows(run, files):
+    arguments = ("transfer", "-m", "tiny-gpt2", "-c", files[0], "--random", 1, "-n", 2, "--quiet", "--kinds")
+    status, out, _ = run(*arguments, "interval_2,months,addition_1_digit")
+    assert status == 0
+    assert [line.split()[0] for line in out.splitlines() if "/2" in line] == ["months"]
+    assert "continues no prompt of interval_2, addition_1_digit rightly" in out
+    assert "answered" not in run(*arguments, "interval_2")[1].splitlines()[-1]
+    found = json.loads(run(*arguments, "interval_2,months", "--json")[1])
+    assert [row["kind"] for row in found["kinds"]] == ["interval_2", "months"]
+
+
 def test_faithfulness_judges_a_circuit(run, files, tmp_path):
     arguments = (
         "faithfulness",
@@ -85,6 +121,7 @@ def test_faithfulness_judges_a_circuit(run, files, tmp_path):
         1,
         "--quiet",
     )
+    assert run(*arguments, "--figure", tmp_path / "curve.png")[2].endswith("a file name that ends in .svg\n")
     status, out, err = run(*arguments, "--figure", tmp_path / "curve.svg")
     assert (status, err) == (0, "")
     assert "CPR" in out

@@ -23,10 +23,33 @@ TINY = ("--model", "tiny-gpt2", "--n", 4)
 
 
 def test_a_sweep_prints_the_largest_effects_and_writes_every_site(run, tmp_path):
-    status, out, _ = run("sweep", *TINY, "--task", "months", "--top", 3, "--out", tmp_path / "s.csv")
+    status, out, err = run("sweep", *TINY, "--task", "months", "--top", 3, "--out", tmp_path / "s.csv")
     assert status == 0
     assert "32 sites × 4 prompts" in out
+    assert err.endswith(f"wrote {tmp_path / 's.csv'}\n")
     assert len((tmp_path / "s.csv").read_text().splitlines()) == 33
+
+
+@pytest.mark.parametrize(
+    ("n", "said"),
+    [
+        (1, "With 1 prompt no q-value can reach 0.05; at least 6 prompts are needed"),
+        (5, "With 5 prompts no q-value can reach 0.05; at least 6 prompts are needed"),
+        (6, "0 of 1 sites have an effect, at a false discovery rate of 5% (q)"),
+    ],
+)
+def test_too_few_prompts_for_any_q_value_are_said_to_be(run, n, said):
+    # One key of the last layer, whose effects have both signs: it could be called from 6 prompts on, and is not.
+    arguments = ("--model", "tiny-gpt2", "--task", "months", "--components", "a3.k0", "--n", n, "--check", 0, "-q")
+    assert said in run("sweep", *arguments)[1].splitlines()
+
+
+def test_few_prompts_call_many_sites_or_none(run):
+    out = run("sweep", "--model", "tiny-gpt2", "--task", "months", "--n", 6, "--check", 0, "-q")[1]
+    assert (
+        "0 of 32 sites have an effect, at a false discovery rate of 5% (q); with 6 prompts that takes at least 20"
+        in out
+    )
 
 
 def test_a_sweep_measures_on_another_metric(run):
@@ -139,6 +162,15 @@ def test_a_screened_sweep_shows_the_largest_effects_and_what_they_took(run):
     assert "rank agreement of ig" in out
 
 
+def test_discover_says_how_many_of_the_edges_asked_for_are_left(run):
+    out = run("discover", *TINY, "--task", "months", "--method", "eap", "--n-edges", 40, "--quiet")[1]
+    n_edges, n_lost = (int(re.search(pattern, out)[1]) for pattern in (r"(\d+) edges\n", r"without (\d+) of the 40"))
+    assert n_edges + n_lost == 40
+    assert n_lost > 0
+    out = run("discover", *TINY, "--task", "months", "--method", "eap", "--n-edges", 2000, "--quiet")[1]
+    assert "without" not in out
+
+
 @pytest.mark.parametrize("method", ["eap", "eap-ig"])
 def test_discover_by_edge_attribution_writes_a_circuit_of_edges(run, tmp_path, method):
     discover = ("discover", *TINY, "--task", "months", "--method", method, "--n-edges", 60, "--quiet")
@@ -205,7 +237,7 @@ def test_a_study_ends_with_its_findings_and_the_report(run, tmp_path):
     status, out, err = run(*arguments)
     assert status == 0
     assert "numerals" in out
-    assert str(tmp_path / "run" / "report.html") in out
+    written = f"wrote {tmp_path / 'run' / 'report.html'}"
     assert [re.sub(r"[\d.]+ s", "", line) for line in err.splitlines()] == [
         "tiny-gpt2: load ()",
         "tiny-gpt2: tasks ()",
@@ -215,6 +247,7 @@ def test_a_study_ends_with_its_findings_and_the_report(run, tmp_path):
         "tiny-gpt2: numerals, lens ()",
         "tiny-gpt2: circuits on each other's tasks ()",
         "report ()",
+        written,
     ]
     status, _, err = run(*arguments)
     assert status == 2
@@ -358,7 +391,17 @@ def test_bars_on_a_terminal_show_rate_and_time_left(monkeypatch):
         (("sweep", *TINY, "--task", "months", "--method", "atp", "--precision", "bf16"), "'bf16' of gradients"),
         (("sweep", *TINY, "--task", "months", "--screen", "0"), "screen"),
         (("discover", *TINY, "--task", "months", "--method", "guess"), "'guess' is not known"),
-        (("discover", *TINY, "--task", "months", "--method", "eap"), "n_edges None, threshold None"),
+        (("discover", *TINY, "--task", "months", "--method", "eap"), "expected --n-edges or --threshold"),
+        (
+            ("discover", *TINY, "--task", "months", "--method", "eap", "--n-edges", 4, "--threshold", 1),
+            "expected --n-edges or --threshold, one of the two",
+        ),
+        (
+            ("discover", *TINY, "--task", "months", "--n-edges", 4),
+            "method 'prune' has no --n-edges; expected some of --s",
+        ),
+        (("discover", *TINY, "--task", "months", "--edges", "--metric", "kl"), "expected no --metric kl"),
+        (("discover", *TINY, "--task", "months", "--out", "unused.txt"), "ends in one of .json, .dot, .svg"),
         (("discover", *TINY, "--task", "months", "--method", "eap", "--n-edges", "99999"), "out of range"),
         (("discover", *TINY, "--task", "months", "--threshold", "-1"), "must be positive"),
         (("sweep", *TINY, "--task", "months", "--out", "s.csv", "--resume"), "are for a run directory"),

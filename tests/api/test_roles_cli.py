@@ -20,14 +20,14 @@ def circuit_file(tmp_path):
 
 
 def test_heads_of_a_circuit_with_roles_evidence_and_figures(run, circuit_file, tmp_path):
-    status, out, _ = run("heads", *TINY, "--task", "months", "--circuit", circuit_file, "--out", tmp_path / "f", "-q")
+    status, out, err = run("heads", *TINY, "--task", "months", "--circuit", circuit_file, "--out", tmp_path / "f")
     assert status == 0
     assert "months: 3 heads of the circuit, 8 prompts" in out
     assert re.search(r"a0\.h1 +next member +newest member 0\.\d\d \(needs > 0\.\d\d\); OV next", out)
     assert re.search(r"a1\.h6 +similar member", out)
     written = {file.name for file in (tmp_path / "f").iterdir()}
     assert written == {"roles.svg", "months.ov.svg", *(f"months.attention.a{i}.h{j}.svg" for i, j in HEADS)}
-    assert "Figures: 5" in out
+    assert err.endswith(f"wrote 5 figures in {tmp_path / 'f'}\n")
 
 
 def test_roles_of_two_tasks_are_compared(run):
@@ -44,8 +44,8 @@ def test_roles_of_two_tasks_are_compared(run):
 
 
 def test_lens_says_where_the_answer_takes_over(run, tmp_path):
-    status, out, _ = run("lens", *TINY, "--task", "months", "--positions", "each", "--out", tmp_path)
-    assert status == 0
+    status, out, err = run("lens", *TINY, "--task", "months", "--positions", "each", "--out", tmp_path)
+    assert (status, err) == (0, f"wrote 3 figures in {tmp_path}\n")
     stages = re.findall(r"^(the embedding|layer \d, \w+) ", out.split("In half")[0], re.MULTILINE)
     assert len(stages) == 9
     assert re.search(r"answer leads the last member for good after layer \d, \w+;", out)
@@ -62,14 +62,15 @@ def test_lens_says_where_the_answer_takes_over(run, tmp_path):
 
 
 def test_transfer_compares_a_circuit_with_random_heads(run, circuit_file, tmp_path):
-    arguments = ("transfer", *TINY, "--circuit", circuit_file, "--kinds", "months,interval_2", "--random", 3, "-q")
-    status, out, _ = run(*arguments, "--out", tmp_path / "t.svg")
+    arguments = ("transfer", *TINY, "--circuit", circuit_file, "--kinds", "months,interval_2", "--random", 3)
+    status, out, err = run(*arguments, "--out", tmp_path / "t.svg")
     assert status == 0
+    assert err.endswith(f"wrote {tmp_path / 't.svg'}\n")
     assert "months: without heads 0.1 1.6 2.0" in out
     assert re.search(r"^months +months +8/8 +\d+% ", out, re.MULTILINE)
     assert "no prompt of interval_2 rightly" in out
     assert (tmp_path / "t.svg").read_text().startswith("<svg")
-    status, out, _ = run(*arguments, "--heads", "a3.h0,a3.h1", "--ablation", "mean", "--json")
+    status, out, _ = run(*arguments, "--heads", "a3.h0,a3.h1", "--ablation", "mean", "--json", "-q")
     rows = {(row["kind"], row["circuit"]): row for row in json.loads(out)["kinds"]}
     mine = rows["months", "months"]
     assert mine["share"] == sum(prompt["correct"] for prompt in mine["prompts"]) / 8
@@ -77,11 +78,28 @@ def test_transfer_compares_a_circuit_with_random_heads(run, circuit_file, tmp_pa
     assert rows["interval_2", "months"]["share"] is None
 
 
+def test_a_task_file_is_a_kind_to_transfer_to_and_has_a_card(run, tmp_path):
+    file = tmp_path / "mine.csv"
+    rows = ["May June July,May June March,August,July", "April May June,April May January,July,June"]
+    rows += ["June July August,June July April,September,August"]
+    file.write_text("\n".join(["clean,corrupted,answer,wrong", *rows]))
+    status, out, err = run("transfer", "-m", "tiny-gpt2", "--heads", "a0.h1", "-k", file, "--random", 1, "--json", "-q")
+    assert (status, err) == (0, "")
+    kind = json.loads(out)["kinds"][0]
+    assert (kind["kind"], kind["n_asked"], kind["n_answered"]) == (str(file), 3, 3)
+    assert [prompt["expected"] for prompt in kind["prompts"]] == ["August", "July", "September"]
+    status, out, _ = run("tasks", file, "-m", "tiny-gpt2")
+    assert status == 0
+    assert re.search(r"^top-1 +100\.0%", out, re.MULTILINE)
+    assert re.search(r"^3 +June July August +June July April +' September' +' August'", out, re.MULTILINE)
+    assert f"Source: {file}" in out
+
+
 def test_a_vector_is_made_and_steers(run, tmp_path):
     file, prompt = tmp_path / "v.safetensors", "Ring lost in 2. Van lost in 3. Box lost in"
     made = ("vector", "-m", "tiny-gpt2", "--at", "r2", "--towards", "Ring lost in May. Van lost in June. Box lost in")
-    status, out, _ = run(*made, "--away-from", prompt, "--out", file)
-    assert status == 0
+    status, out, err = run(*made, "--away-from", prompt, "--out", file)
+    assert (status, err) == (0, f"wrote {file}\n")
     assert f"--steer {file}@r2" in out
     texts = []
     for steer in ((), ("--steer", f"{file}@r2*0"), ("--steer", f"{file}@r2@-1*2")):
