@@ -25,7 +25,10 @@ SCHEMA_VERSIONS = (1, 2)
 
 @dataclass(frozen=True)
 class TraceStep:
-    """One decision of a discovery: what the score would be without a node, and whether the node went."""
+    """One decision of a discovery: what the score would be without a node, and whether the node went.
+
+    Of a discovery of edges, `node` is an edge, written `sender->receiver`.
+    """
 
     sweep: int
     direction: Literal["backward", "forward"]
@@ -118,6 +121,16 @@ class Circuit:
 
         mine, theirs = chosen(self), chosen(other)
         return len(mine & theirs) / len(mine | theirs) if mine | theirs else 1.0
+
+    def costs(self) -> dict[str, float]:
+        """What each candidate of the trace cost, in points of score, when it was last evaluated: the score of what was
+        left then, less the score without it. Negative where the score rises; empty without a trace."""
+        costs, score = {}, 100.0
+        for step in self.trace:
+            costs[step.node] = score - step.score_without
+            if step.removed:
+                score = step.score_without
+        return costs
 
     def faithfulness(self, model: HookedTransformer, task: Task, **options: Any) -> float:
         """What the circuit alone recovers of a task: with edges, by these (`edge_ablation.edge_score`), else by its

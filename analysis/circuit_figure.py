@@ -51,8 +51,8 @@ class _Layout:
                 # Above its layer's heads, which it reads.
                 nodes[f"m{layer}"] = most + 0.9, 1.25 * row + 0.5
             for kind, n in Counter(part.kind for part in circuit.features if part.layer == layer).items():
-                above = {"resid_feature": -0.25, "z_feature": 0.0, "mlp_feature": 0.5}[kind]
-                x = most / 2 if kind == "z_feature" else most + 0.9
+                above = {"resid_feature": -0.25, "z_feature": 0.0, "mid_feature": 0.5, "mlp_feature": 0.5}[kind]
+                x = most / 2 if kind in ("z_feature", "mid_feature") else most + 0.9
                 nodes[f"{n} × {Component(layer, kind)}".removesuffix("0")] = x, 1.25 * row + above
         height = 1.25 * (len(layers) + 1) + 0.35
         middle = (most + 1.4) / 2

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Float, Int
@@ -19,19 +19,19 @@ from subcircuit.engine.patching.answers import token_sets
 from subcircuit.engine.patching.metric import Metric, measure
 from subcircuit.engine.patching.options import Executor, Precision
 from subcircuit.engine.patching.reference import last_logits
-from subcircuit.engine.patching.sites import Kind, Patch, source_name
+from subcircuit.engine.patching.sites import FeatureKind, Patch, source_name
 from subcircuit.engine.patching.sources import Sources, activations
 
 Method = Literal["exact", "attribution"]
 
 PROMPTS_AT_ONCE = 16
 
-_KINDS: dict[str, Kind] = dict(zip(PLACES, ("resid_feature", "z_feature", "mlp_feature"), strict=True))
+_KINDS: dict[str, FeatureKind] = dict(zip(PLACES, get_args(FeatureKind), strict=True))
 
 
 def feature(dictionary: SparseDictionary, index: int) -> Component:
-    """A feature as a component; its name is `r4.f17` in a residual stream, `m3.f17` in an MLP's output, `a5.f17` in
-    heads' outputs."""
+    """A feature as a component; its name is `r4.f17` in the residual stream that enters a layer, `mid4.f17` in the one
+    between attention and MLP, `m3.f17` in an MLP's output, `a5.f17` in heads' outputs."""
     _, layer, place = dictionary.hook_name.split(".", 2)
     return Component(int(layer), _KINDS[place], index)
 

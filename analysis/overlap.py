@@ -25,12 +25,13 @@ from subcircuit.engine.config import ModelConfig
 from subcircuit.engine.errors import PatchError
 from subcircuit.engine.patching import Component
 from subcircuit.engine.patching.graph import check_edge, edges_among, n_senders_to, receivers
+from subcircuit.engine.patching.sites import FeatureKind
 from subcircuit.engine.patching.sites import Kind as NodeKind
 
 Kind = Literal["nodes", "heads", "mlps", "features", "edges", "edges between shared nodes"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
-_FEATURES: tuple[NodeKind, ...] = ("resid_feature", "z_feature", "mlp_feature")
+_FEATURES: tuple[NodeKind, ...] = get_args(FeatureKind)
 _NODES: dict[Kind, tuple[NodeKind, ...]] = {
     "nodes": ("z", "mlp", *_FEATURES),
     "heads": ("z",),

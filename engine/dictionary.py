@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
@@ -19,8 +20,8 @@ Activation = Literal["relu", "jumprelu", "topk"]
 ACTS = "hook_sae_acts_post"
 """Last part of the hook point that holds a dictionary's feature activations, by SAELens' name."""
 
-PLACES = ("hook_resid_pre", "attn.hook_z", "hook_mlp_out")
-"""Hook points of a layer at which a dictionary can sit."""
+PLACES = ("hook_resid_pre", "attn.hook_z", "hook_resid_mid", "hook_mlp_out")
+"""Hook points of a layer at which a dictionary can sit, in the order in which the layer computes them."""
 
 
 def acts_name(hook_name: str) -> str:
@@ -39,7 +40,8 @@ class SparseDictionary:
 
     `relu` is max(pre, 0). `jumprelu` keeps pre where it is above both 0 and its feature's `threshold`, and is 0
     elsewhere (Rajamanoharan et al. 2024, arXiv 2407.14435). `topk` keeps the k largest of each position, if positive
-    (Gao et al. 2024, arXiv 2406.04093). Heads' outputs (`attn.hook_z`) are read side by side as one vector.
+    (Gao et al. 2024, arXiv 2406.04093). Heads' outputs (`attn.hook_z`) are read side by side as one vector. What is
+    said to sit at a layer's `hook_resid_post` sits at the next one's `hook_resid_pre`, which is the same value.
 
     Raises ConfigError for a tensor of another shape, or a `k` or `threshold` that the activation lacks or cannot take.
     """
@@ -55,6 +57,9 @@ class SparseDictionary:
     subtract_b_dec: bool = True
 
     def __post_init__(self) -> None:
+        left = re.fullmatch(r"blocks\.(\d+)\.hook_resid_post", self.hook_name)
+        if left:
+            object.__setattr__(self, "hook_name", f"blocks.{int(left[1]) + 1}.hook_resid_pre")
         if self.activation not in get_args(Activation):
             raise ConfigError(
                 f"activation {self.activation!r} is not known; expected one of {', '.join(get_args(Activation))}"
@@ -139,7 +144,10 @@ class SparseDictionary:
             places = ", ".join(f"blocks.0.{place}" for place in PLACES)
             raise HookError(f"a dictionary cannot sit at {self.hook_name!r}; expected one of {places}, of any layer")
         if int(at[1]) >= config.n_layers:
-            raise HookError(f"dictionary at {self.hook_name!r}: the model has layers 0 to {config.n_layers - 1}")
+            raise HookError(
+                f"dictionary at {self.hook_name!r}: the model has layers 0 to {config.n_layers - 1}, "
+                "and what leaves the last one is no site"
+            )
         width = config.n_heads * config.d_head if at[2] == "attn.hook_z" else config.d_model
         if self.d_in != width:
             raise HookError(f"dictionary at {self.hook_name!r} reads {self.d_in} entries; the model has {width} there")

@@ -9,8 +9,13 @@ from subcircuit.engine.config import ModelConfig
 from subcircuit.engine.dictionary import SparseDictionary
 
 ACTIVATIONS = ("relu", "jumprelu", "topk")
-PLACES = {"r": "blocks.1.hook_resid_pre", "m": "blocks.1.hook_mlp_out", "a": "blocks.1.attn.hook_z"}
-"""By the letter of their features' names."""
+PLACES = {
+    "r": "blocks.1.hook_resid_pre",
+    "a": "blocks.1.attn.hook_z",
+    "mid": "blocks.1.hook_resid_mid",
+    "m": "blocks.1.hook_mlp_out",
+}
+"""By what their features' names begin with, in the order in which they are computed."""
 
 
 def random_dictionary(

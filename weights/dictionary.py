@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -161,7 +160,7 @@ def _saelens_layout(file: Path, hook: str | None) -> _Layout:
     if architecture == "topk":
         k = ConfigValues(legacy, file).integer("k") if isinstance(legacy, dict) and legacy else values.integer("k")
     return _Layout(
-        _hook_point(hook or at.text("hook_name")),
+        hook or at.text("hook_name"),
         ARCHITECTURES[architecture],
         k,
         values.flag("apply_b_dec_to_input", True),
@@ -173,7 +172,7 @@ def _learning_layout(file: Path, stored: Mapping[str, StoredTensor], hook: str |
     if hook is None:
         raise WeightsError(f"{file}: does not say where the dictionary sits; expected hook='blocks.4.hook_resid_pre'")
     k = int(stored["k"].read(torch.float64)) if "k" in stored else None
-    return _Layout(_hook_point(hook), "relu" if k is None else "topk", k, subtract_b_dec=True)
+    return _Layout(hook, "relu" if k is None else "topk", k, subtract_b_dec=True)
 
 
 def _learning_tensors(file: Path, stored: Mapping[str, StoredTensor], dtype: str | torch.dtype) -> dict[str, Tensor]:
@@ -196,12 +195,6 @@ def _read(file: Path, stored: Mapping[str, StoredTensor], name: str, dtype: str 
     value = stored[name].read(dtype)
     check_finite(value, name, stored[name], dtype)
     return value
-
-
-def _hook_point(name: str) -> str:
-    """A residual stream leaving a layer is the one that enters the next."""
-    match = re.fullmatch(r"blocks\.(\d+)\.hook_resid_post", name)
-    return f"blocks.{int(match[1]) + 1}.hook_resid_pre" if match else name
 
 
 def _scaled(dictionary: SparseDictionary) -> SparseDictionary:

@@ -21,7 +21,8 @@ from subcircuit.analysis.gradients import gradient_scores
 from subcircuit.analysis.masks import circuit_of_masks, learn_masks
 from subcircuit.analysis.nodes import all_nodes
 from subcircuit.analysis.paths import verify_edges
-from subcircuit.analysis.sweep import sweep
+from subcircuit.analysis.screen import screen
+from subcircuit.analysis.sweep import Scores, sweep
 from subcircuit.analysis.tasks import Task
 from subcircuit.analysis.truth.build import Truth
 from subcircuit.analysis.truth.known import BLUEPRINTS, FAMILIES, truth
@@ -29,6 +30,7 @@ from subcircuit.analysis.truth.recovery import FIGURES, Found, truth_report
 from subcircuit.analysis.truth.weights import Family
 from subcircuit.engine.errors import PatchError
 from subcircuit.engine.model import HookedTransformer
+from subcircuit.engine.patching import Site
 from subcircuit.engine.patching.graph import edges
 from subcircuit.engine.patching.path_delta import Freeze
 
@@ -39,26 +41,45 @@ def _exact_sweep(source: str, model: HookedTransformer, task: Task) -> Found:
     return Found.of_scores(sweep(model, task, "heads+mlps", source=source), SHARE)
 
 
+def _screening(model: HookedTransformer, task: Task) -> Found:
+    """Of the k largest exact effects those that count; the rest behind them, by exact effects where they are known and
+    else by gradient scores, which may say no more than that."""
+    screening = screen(model, task, "heads+mlps", k=SCREENED)
+    clean = float(screening.scores.clean_metric.mean())
+    top = {str(site): effect / clean for site, effect in screening.top}
+    last = min(map(abs, top.values()))
+    ranked = (screening.gradient, screening.scores)
+    rest = {str(site): min(abs(share), last) for scores in ranked for site, share in _shares(scores)}
+    return Found(nodes={node for node, share in top.items() if abs(share) >= SHARE}, node_scores=rest | top)
+
+
+def _shares(scores: Scores) -> Iterable[tuple[Site, float]]:
+    return zip(scores.sites, scores.share.tolist(), strict=True)
+
+
 def _exact_edges(model: HookedTransformer, task: Task) -> Found:
     verified = verify_edges(model, task, edges(model.config))
     scores = dict(zip(verified.edges, (verified.mean / verified.clean_metric.mean()).tolist(), strict=True))
-    return Found(edges={edge for edge, share in scores.items() if abs(share) >= SHARE}, edge_scores=scores)
+    return Found.of_edges([edge for edge, share in scores.items() if abs(share) >= SHARE], scores)
 
 
 def _pruning(source: str, both_sides: bool, model: HookedTransformer, task: Task) -> Found:
-    return Found.of_circuit(discover(model, task, source=source, both_sides=both_sides))
+    return Found.of_circuit(discover(model, task, source=source, both_sides=both_sides), model.config)
 
 
 def _edge_pruning(freeze: Freeze, model: HookedTransformer, task: Task) -> Found:
-    """All edges within the circuit that pruning on both sides leaves; what it says of nodes is that pruning's."""
+    """All edges within the circuit that pruning on both sides leaves, ranked by their costs; those outside it last."""
     nodes = discover(model, task, source="corrupted", both_sides=True)
-    every: dict[str, Any] = {"from_input": True, "same_layer": True}
-    circuit = prune_edges(model, task, nodes, source="corrupted", freeze=freeze, both_sides=True, **every)
-    return Found(edges=set(circuit.edges))
+    options: dict[str, Any] = {"source": "corrupted", "freeze": freeze, "both_sides": True}
+    within = partial(prune_edges, model, task, nodes, **options, from_input=True, same_layer=True)
+    # At a threshold of 1, all are kept that change anything: their costs rank them.
+    costs = dict.fromkeys(edges(model.config), 0.0) | within(threshold=1.0).edge_scores
+    return Found.of_edges(within().edges, costs)
 
 
 def _acdc(both_sides: bool, model: HookedTransformer, task: Task) -> Found:
-    return Found.of_circuit(discover(model, task, "acdc", source="corrupted", both_sides=both_sides))
+    circuit = discover(model, task, "acdc", source="corrupted", both_sides=both_sides)
+    return Found.of_circuit(circuit, model.config)
 
 
 def _gradients(method: GradientMethod, model: HookedTransformer, task: Task) -> Found:
@@ -68,7 +89,7 @@ def _gradients(method: GradientMethod, model: HookedTransformer, task: Task) -> 
 def _edge_gradients(method: EdgeMethod, model: HookedTransformer, task: Task) -> Found:
     scores = edge_scores(model, task, method)
     circuit = scores.circuit(threshold=SHARE * float(scores.clean_metric.mean().abs()))
-    return Found(edges=set(circuit.edges), edge_scores=dict(scores.top(scores.n_edges)))
+    return Found.of_edges(circuit.edges, dict(scores.top(scores.n_edges)))
 
 
 def _masks(model: HookedTransformer, task: Task) -> Found:
@@ -81,16 +102,20 @@ def _masks(model: HookedTransformer, task: Task) -> Found:
 def _edge_masks(model: HookedTransformer, task: Task) -> Found:
     masks = learn_edge_masks(model, task)
     circuit = circuit_of_edge_masks(masks, EdgeAblation(model, task, source="corrupted"), both_sides=True)
-    return Found(edges=set(circuit.edges), edge_scores=masks.strengths())
+    return Found.of_edges(circuit.edges, masks.strengths())
 
 
 SHARE = 0.05
 """The least effect, as a share of the clean logit difference, that counts where a method has only a ranking."""
 
+SCREENED = 8
+"""How many of the largest effects screening looks for."""
+
 METHODS: dict[str, Method] = {
     "exact sweep, corrupted": partial(_exact_sweep, "corrupted"),
     "exact sweep, mean": partial(_exact_sweep, "mean"),
     "exact sweep, zero": partial(_exact_sweep, "zero"),
+    "screen, then verify": _screening,
     "pruning, mean": partial(_pruning, "mean", False),
     "pruning, corrupted": partial(_pruning, "corrupted", False),
     "pruning on both sides, mean": partial(_pruning, "mean", True),
@@ -110,19 +135,37 @@ METHODS: dict[str, Method] = {
 }
 """Methods by name: each takes a model and a task and says which nodes and edges it finds, as a set or a ranking."""
 
+ONE_SIDED = frozenset({"pruning, mean", "pruning, corrupted", "ACDC"})
+"""Methods that keep what works for the answer alone."""
+
+EXACT = ONE_SIDED | {
+    "exact sweep, corrupted",
+    "exact sweep, mean",
+    "exact sweep, zero",
+    "screen, then verify",
+    "pruning on both sides, mean",
+    "pruning on both sides, corrupted",
+    "exact edges",
+    "pruning, then direct edges",
+    "ACDC on both sides",
+}
+"""Methods that find what they find by exact effects of the nodes or edges that the truth is about: they must recover
+it fully, except that those on one side see nothing of what works against the answer."""
+
 
 @dataclass(frozen=True)
 class TruthRow:
     """How a method does on one known model in one form, on its `nodes` or its `edges`.
 
-    Figures as in `Recovery`, each the mean over `n_seeds` models. `missed` are the roles that were not found in some of
-    them, `seconds` is the time per model.
+    Figures as in `Recovery`, each the mean over `n_seeds` models. `exact` says that the method is one of `EXACT`,
+    `missed` are the roles that were not found in some of the models, `seconds` is the time per model.
     """
 
     model: str
     family: Family
     method: str
     what: str
+    exact: bool
     n_seeds: int
     precision: float | None
     recall: float | None
@@ -188,6 +231,7 @@ def _rows(method: str, known: Sequence[Truth]) -> list[TruthRow]:
                 family=known[0].family,
                 method=method,
                 what=what,
+                exact=method in EXACT,
                 n_seeds=len(known),
                 missed=tuple(sorted(missed)),
                 seconds=seconds,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Set
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass
 from itertools import groupby
 from typing import TypeVar
@@ -10,8 +10,9 @@ from typing import TypeVar
 from subcircuit.analysis.circuit import Circuit
 from subcircuit.analysis.sweep import Scores
 from subcircuit.analysis.truth.build import Truth
+from subcircuit.engine.config import ModelConfig
 from subcircuit.engine.errors import TaskError
-from subcircuit.engine.patching.graph import Edge, edges, senders
+from subcircuit.engine.patching.graph import INPUT, Edge, edges, senders
 
 Item = TypeVar("Item", str, Edge)
 """A node or an edge."""
@@ -31,9 +32,29 @@ class Found:
     edge_scores: Mapping[Edge, float] | None = None
 
     @classmethod
-    def of_circuit(cls, circuit: Circuit) -> Found:
-        """A circuit's nodes, and its edges where it has any."""
-        return cls(nodes={str(node) for node in circuit.nodes}, edges=set(circuit.edges) or None)
+    def of_circuit(cls, circuit: Circuit, config: ModelConfig) -> Found:
+        """A circuit's nodes, and its edges where it has any; both as a ranking too where its trace says what candidates
+        cost (`Circuit.costs`).
+
+        An edge that was never evaluated, as none into a node that nothing reads, costs nothing. A search on one side
+        lets go of all that works against the answer, so there what has the least cost ranks last, however negative.
+        """
+        nodes = {str(node) for node in circuit.nodes}
+        costs = circuit.costs()
+        if any("->" in candidate for candidate in costs):
+            edge_costs = {edge: costs.get("->".join(edge), 0.0) for edge in edges(config)}
+            return cls.of_edges(circuit.edges, _by_rule(edge_costs, circuit))
+        return cls(nodes, _by_rule(costs, circuit) if costs else None, set(circuit.edges) or None)
+
+    @classmethod
+    def of_edges(cls, found: Iterable[Edge], scores: Mapping[Edge, float]) -> Found:
+        """Edges and scores of all edges; with that, the nodes that the edges lead out of, each ranked by the largest
+        size of a score of an edge out of it."""
+        chosen, nodes = set(found), dict[str, float]()
+        for (sender, _), score in scores.items():
+            nodes[sender] = max(nodes.get(sender, 0.0), abs(score))
+        nodes.pop(INPUT, None)
+        return cls({sender for sender, _ in chosen} - {INPUT}, nodes, chosen, scores)
 
     @classmethod
     def of_scores(cls, scores: Scores, share: float = 0.05) -> Found:
@@ -67,7 +88,7 @@ def truth_report(found: Found | Circuit | Scores, truth: Truth) -> dict[str, Rec
     Raises TaskError for a node or edge that the model does not have, or a ranking that leaves some out.
     """
     if isinstance(found, Circuit):
-        found = Found.of_circuit(found)
+        found = Found.of_circuit(found, truth.model.config)
     elif isinstance(found, Scores):
         found = Found.of_scores(found)
     config = truth.model.config
@@ -79,6 +100,12 @@ def truth_report(found: Found | Circuit | Scores, truth: Truth) -> dict[str, Rec
         every_edge = set(edges(config))
         report["edges"] = _recovery(found.edges, found.edge_scores, set(truth.circuit.edges), every_edge)
     return report
+
+
+def _by_rule(costs: Mapping[Item, float], circuit: Circuit) -> dict[Item, float]:
+    """Scores whose sizes rank candidates as the rule that the circuit was found by looks at their costs."""
+    least = 0.0 if circuit.settings.get("both_sides") else min(costs.values())
+    return {item: cost - least for item, cost in costs.items()}
 
 
 def _recovery(

@@ -57,10 +57,12 @@ def truth(
 
 
 def _print_table(rows: list[TruthRow]) -> None:
-    table = new_table("model", "form", "method", "of", "precision", "recall", "F1", "AUROC", "AP", "ms", "missed")
+    table = new_table(
+        "model", "form", "method", "exact", "of", "precision", "recall", "F1", "AUROC", "AP", "ms", "missed"
+    )
     for row in rows:
         figures = (row.precision, row.recall, row.f1, row.auroc, row.average_precision)
         shown = ("" if figure is None else f"{figure:.3f}" for figure in figures)
-        where = row.model, row.family, row.method, row.what
+        where = row.model, row.family, row.method, "yes" if row.exact else "", row.what
         table.add_row(*where, *shown, f"{1000 * row.seconds:.0f}", ", ".join(row.missed))
     out.print(table)

@@ -388,12 +388,16 @@ class DeltaRun:
         n_read = 1 if layer == self.config.n_layers - 1 else self.n_pos - first
         resid, delta_attn = self._attention(layer, delta, patches, first, n_read)
         resid = None if resid is None else resid[:, :, -n_read:]
-        return self._mlp(layer, (resid, delta_attn), patches, n_read)
+        return self._mlp(layer, self._patched_mid(layer, (resid, delta_attn), patches, n_read), patches, n_read)
 
     def _patched_resid(self, layer: int, delta: Split, patches: Patches, first: int) -> Split:
         name = f"blocks.{layer}.hook_resid_pre"
         touched = name in patches.values or name in patches.features
         return (patches.applied(name, _at_least(_joined(delta), self.n_pos - first)), None) if touched else delta
+
+    def _patched_mid(self, layer: int, delta: Split, patches: Patches, n_read: int) -> Split:
+        features = patches.feature_at(f"blocks.{layer}.hook_resid_mid")
+        return delta if features is None else (features.patched(_joined(delta), n_read), None)
 
     def _attention(self, layer: int, delta: Split, patches: Patches, first: int, n_read: int) -> Split:
         """δ entering a layer, and what the layer's heads add to it at the last `n_read` positions."""

@@ -209,7 +209,9 @@ class EdgeRun(DeltaRun):
             delta_z = self._heads(features.patched(None if delta_z is None else delta_z.flatten(3), n_read))
         changes.passed(layer, "z", delta_z)
         attn_out = None if delta_z is None else linear(delta_z.flatten(3), self.weights(layer).o)
-        return resid_pre, delta_z, added(None if resid_pre is None else resid_pre[:, :, -n_read:], attn_out)
+        resid = None if resid_pre is None else resid_pre[:, :, -n_read:]
+        resid_mid, _ = self._patched_mid(layer, (added(resid, attn_out), None), patches, n_read)
+        return resid_pre, delta_z, resid_mid
 
     def _own_qkv(
         self, layer: int, resid: Delta | None, first: int, n_read: int, changes: InputChanges

@@ -13,11 +13,12 @@ from subcircuit.engine.config import ModelConfig
 from subcircuit.engine.dictionary import ACTS, SparseDictionary
 from subcircuit.engine.errors import PatchError
 
-Kind = Literal["resid", "q", "k", "v", "z", "group", "neuron", "mlp", "resid_feature", "z_feature", "mlp_feature"]
+FeatureKind = Literal["resid_feature", "z_feature", "mid_feature", "mlp_feature"]
+Kind = Literal["resid", "q", "k", "v", "z", "group", "neuron", "mlp"] | FeatureKind
 
 # The order in which a block computes them: what a patch can change inside its own layer is what comes after it.
-STAGES: dict[str, int] = {"resid": 0, "q": 1, "k": 1, "v": 1, "z": 2, "group": 2, "neuron": 3, "mlp": 4}
-STAGES |= {"resid_feature": 0, "z_feature": 2, "mlp_feature": 4}
+STAGES: dict[str, int] = {"resid": 0, "q": 1, "k": 1, "v": 1, "z": 2, "group": 2, "neuron": 4, "mlp": 5}
+STAGES |= {"resid_feature": 0, "z_feature": 2, "mid_feature": 3, "mlp_feature": 5}
 
 _HOOKS: dict[str, str] = {
     "resid": "hook_resid_pre",
@@ -30,19 +31,21 @@ _HOOKS: dict[str, str] = {
     "mlp": "hook_mlp_out",
     "resid_feature": f"hook_resid_pre.{ACTS}",
     "z_feature": f"attn.hook_z.{ACTS}",
+    "mid_feature": f"hook_resid_mid.{ACTS}",
     "mlp_feature": f"hook_mlp_out.{ACTS}",
 }
 _LETTERS = {"h": "z", "q": "q", "k": "k", "v": "v", "g": "group", "f": "z_feature"}
+_STREAMS: dict[str, FeatureKind] = {"r": "resid_feature", "mid": "mid_feature", "m": "mlp_feature"}
 _PATTERN = re.compile(
     r"a(?P<attn>\d+)\.(?P<letter>[hqkvgf])(?P<head>\d+)"
-    r"|(?P<stream>[mr])(?P<layer>\d+)\.f(?P<feature>\d+)"
+    r"|(?P<stream>mid|m|r)(?P<layer>\d+)\.f(?P<feature>\d+)"
     r"|m(?P<mlp>\d+)(\.n(?P<neuron>\d+))?|r(?P<resid>\d+)"
 )
 
 FORMS = (
     "a5.h1 (head), m3 (MLP), a5.q1 / a5.k0 / a5.v0 (a head's query, a KV head's key or value), "
     "a5.g0 (all heads of a KV group), m3.n17 (neuron), r4 (residual stream entering layer 4), "
-    "r4.f17 / m3.f17 / a5.f17 (feature of a dictionary there)"
+    "r4.f17 / m3.f17 / a5.f17 (feature of a dictionary there), mid4.f17 (of one between layer 4's attention and MLP)"
 )
 
 
@@ -54,7 +57,8 @@ class Component:
     embedding (`a5.q1`, `a5.k0`), `group` the outputs of all query heads that read one KV head (`a5.g0`), `mlp` an
     MLP's output (`m3`), `neuron` one of its post-activations (`m3.n17`), `resid` the residual stream entering a layer
     (`r4`); `resid_feature`, `mlp_feature`, `z_feature` a feature of the sparse dictionary that sits at the residual
-    stream, the MLP's output or the heads' outputs (`r4.f17`, `m3.f17`, `a5.f17`).
+    stream, the MLP's output or the heads' outputs (`r4.f17`, `m3.f17`, `a5.f17`), `mid_feature` one of the dictionary
+    at the residual stream between a layer's attention and its MLP (`mid4.f17`).
     """
 
     layer: int
@@ -71,8 +75,7 @@ class Component:
         if part["attn"] is not None:
             return cls(int(part["attn"]), _LETTERS[part["letter"]], int(part["head"]))  # type: ignore[arg-type]
         if part["feature"] is not None:
-            kind: Kind = "mlp_feature" if part["stream"] == "m" else "resid_feature"
-            return cls(int(part["layer"]), kind, int(part["feature"]))
+            return cls(int(part["layer"]), _STREAMS[part["stream"]], int(part["feature"]))
         if part["resid"] is not None:
             return cls(int(part["resid"]), "resid")
         if part["neuron"] is not None:
@@ -86,8 +89,9 @@ class Component:
             return f"m{self.layer}.n{self.index}"
         if self.kind == "resid":
             return f"r{self.layer}"
-        if self.kind in ("mlp_feature", "resid_feature"):
-            return f"{self.kind[0]}{self.layer}.f{self.index}"
+        stream = next((stream for stream, kind in _STREAMS.items() if kind == self.kind), None)
+        if stream is not None:
+            return f"{stream}{self.layer}.f{self.index}"
         letter = next(letter for letter, kind in _LETTERS.items() if kind == self.kind)
         return f"a{self.layer}.{letter}{self.index}"
 

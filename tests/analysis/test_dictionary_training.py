@@ -81,6 +81,15 @@ def test_a_trained_dictionary_explains_text_that_it_has_not_seen_and_survives_a_
     assert quality.l0 <= 8
 
 
+def test_what_leaves_a_layer_is_trained_on_as_what_enters_the_next(model, tokens):
+    settings = TrainingSettings(size=32, k=8, steps=3, seed=SEED)
+    left, entering = (
+        train_dictionary(model, f"blocks.{at}", tokens, settings) for at in ("0.hook_resid_post", "1.hook_resid_pre")
+    )
+    assert left.hook_name == entering.hook_name == PLACES["r"]
+    assert torch.equal(left.W_enc, entering.W_enc)
+
+
 def test_figures_of_quality_are_those_of_the_definitions(model, tokens):
     dictionary = random_dictionary(PLACES["a"], model.config, SEED)
     double, name = model.double(), dictionary.hook_name
@@ -113,7 +122,7 @@ def test_bad_settings_are_named(model, tokens):
         TrainingSettings(steps=0)
     with pytest.raises(ConfigError, match="activation 'jumprelu' cannot be trained"):
         TrainingSettings(activation="jumprelu")
-    with pytest.raises(HookError, match="cannot sit at 'blocks.0.hook_resid_mid'"):
-        train_dictionary(model, "blocks.0.hook_resid_mid", tokens, TrainingSettings(steps=1))
+    with pytest.raises(HookError, match="cannot sit at 'blocks.0.hook_attn_out'"):
+        train_dictionary(model, "blocks.0.hook_attn_out", tokens, TrainingSettings(steps=1))
     with pytest.raises(TaskError, match="1 rows of text; expected at least 2"):
         train_dictionary(model, PLACES["r"], tokens[:1])

@@ -17,6 +17,7 @@ from subcircuit.analysis.faithfulness import Ablation, node_drops, score
 from subcircuit.analysis.metrics import accuracy, kl_divergence, log_probability
 from subcircuit.analysis.tasks import task as build_task
 from subcircuit.engine.errors import PatchError, TaskError
+from subcircuit.engine.patching import Component
 from subcircuit.engine.patching.edges import edge_effects
 from subcircuit.weights.names import load
 
@@ -95,6 +96,23 @@ def test_pruning_takes_the_decisions_of_the_sequential_rule(case, first, at_once
     assert len(removed) + len(circuit) == model.config.n_layers * (model.config.n_heads + 1)
     assert circuit.score == pytest.approx(final_score)
     assert score(model, task, circuit, precision="fp64") == pytest.approx(final_score)
+
+
+@pytest.mark.parametrize("first", ["backward", "forward"])
+def test_costs_are_what_each_node_changed_when_it_was_last_evaluated(case, first):
+    model, task = case
+    circuit = discover(model, task, threshold=30, first=first, precision="fp64")
+    ablation, costs = Ablation(model, task, precision="fp64"), {}
+    removed = []
+    for step in circuit.trace:
+        node = Component.parse(step.node)
+        before, after = ablation.scores([removed, [*removed, node]])
+        costs[step.node] = before - after
+        removed += [node] * step.removed
+    assert len({step.sweep for step in circuit.trace}) > 1
+    assert circuit.costs() == pytest.approx(costs)
+    assert costs.keys() == {str(node) for node in ablation.nodes}
+    assert Circuit.of_nodes(["m0"]).costs() == {}
 
 
 def test_pruning_on_both_sides_keeps_what_would_raise_the_score_too_far(case):

@@ -67,7 +67,7 @@ class Case:
         for letter, dictionary in self.dictionaries.items():
             change = self.source_acts[letter] - plain_encode(dictionary, clean[dictionary.hook_name])
             features[letter] = [f"{letter}1.f{f}" for f in range(12) if bool((change[..., f] != 0).any())]
-        between = features["r"] + features["a"] + features["m"]
+        between = [name for letter in PLACES for name in features[letter]]
         return [*HEADS[:4], "m0", *between, *HEADS[4:], "m2"]
 
     def metric(self, removed):
@@ -82,7 +82,7 @@ class Case:
                 if part.layer == layer and part.kind == "z" and name.endswith("hook_z"):
                     value[:, :, part.index] = self.sources[name][:, :, part.index]
             letter = next((letter for letter, hook in PLACES.items() if hook == name), None)
-            mine = [part.index for part in parts if part.is_feature and str(part)[0] == letter]
+            mine = [part.index for part in parts if part.is_feature and str(part).startswith(f"{letter}1.")]
             if not mine:
                 return value
             change = self.source_acts[letter] - plain_encode(self.dictionaries[letter], value)
@@ -251,7 +251,7 @@ def test_a_fingerprint_tells_dictionaries_apart_in_any_dtype(make):
     case = make("jumprelu")
     settings = Ablation(case.model, case.task).settings["dictionary_fingerprints"]
     assert settings == {each.hook_name: each.fingerprint() for each in case.dictionaries.values()}
-    assert len(set(settings.values())) == 3
+    assert len(set(settings.values())) == len(PLACES)
     one = case.dictionaries["m"]
     for dtype in (torch.float64, torch.bfloat16):
         assert one.map(lambda tensor, dtype=dtype: tensor.to(dtype)).fingerprint() == one.fingerprint()

@@ -7,9 +7,21 @@ import random
 import pytest
 
 from subcircuit.analysis.circuit import Circuit
+from subcircuit.analysis.discover import METHODS as METHODS_OF_DISCOVERY
 from subcircuit.analysis.discover import discover
+from subcircuit.analysis.edge_ablation import EdgeAblation
 from subcircuit.analysis.sweep import sweep
-from subcircuit.analysis.truth import FAMILIES, METHODS, Found, truth, truth_names, truth_report, truth_table
+from subcircuit.analysis.truth import (
+    EXACT,
+    FAMILIES,
+    METHODS,
+    ONE_SIDED,
+    Found,
+    truth,
+    truth_names,
+    truth_report,
+    truth_table,
+)
 from subcircuit.analysis.truth.recovery import auroc, average_precision
 from subcircuit.engine.errors import PatchError, TaskError
 from subcircuit.engine.patching.graph import edges
@@ -83,16 +95,60 @@ def test_what_does_not_belong_to_the_model_is_refused(known):
         known.role("m0")
 
 
-@pytest.mark.parametrize("source", ["corrupted", "mean", "zero"])
+@pytest.mark.parametrize("seed", [SEED, SEED + 1, SEED + 2])
 @pytest.mark.parametrize("name", truth_names())
 @pytest.mark.parametrize("family", FAMILIES)
-def test_exact_sweeps_and_pruning_on_both_sides_recover_the_nodes_fully(name, family, source):
+def test_exact_methods_recover_everything_as_a_set_and_as_a_ranking(name, family, seed):
+    print(f"seed {seed}")
+    known = truth(name, family, seed=seed)
+    for method in EXACT - ONE_SIDED if name == "inhibition" else EXACT:
+        for what, recovery in truth_report(METHODS[method](known.model, known.task), known).items():
+            of = (method, what)
+            assert (*of, recovery.missed, recovery.extra) == (*of, (), ())
+            assert (*of, recovery.auroc, recovery.average_precision) == (*of, 1, pytest.approx(1))
+
+
+def test_every_method_gives_a_set_and_a_ranking_and_no_method_of_discovery_is_left_out(monkeypatch):
     print(f"seed {SEED}")
-    known = truth(name, family, seed=SEED)
-    scores = truth_report(sweep(known.model, known.task, "heads+mlps", source=source), known)["nodes"]
-    assert scores.precision == scores.recall == scores.auroc == scores.average_precision == 1
-    pruned = truth_report(discover(known.model, known.task, source=source, both_sides=True), known)["nodes"]
-    assert pruned.precision == pruned.recall == 1
+    known = truth("induction", seed=SEED, n=4)
+    made, of_nodes = set(), Circuit.of_nodes
+
+    def noted(nodes, **provenance):
+        made.add(provenance["method"])
+        return of_nodes(nodes, **provenance)
+
+    monkeypatch.setattr(Circuit, "of_nodes", noted)
+    for name, method in METHODS.items():
+        report = truth_report(method(known.model, known.task), known)
+        assert "nodes" in report, name
+        assert all(None not in (recovery.precision, recovery.auroc) for recovery in report.values()), name
+    assert made == set(METHODS_OF_DISCOVERY)
+
+
+def test_circuits_of_edges_are_ranked_by_what_each_edge_cost_when_it_was_evaluated():
+    print(f"seed {SEED}")
+    known = truth("induction", "llama", seed=SEED, n=4)
+    circuit = discover(known.model, known.task, "acdc", source="corrupted", both_sides=True)
+    ablation, removed, costs = EdgeAblation(known.model, known.task, source="corrupted"), [], {}
+    for edge in reversed(edges(known.model.config)):
+        before, after = ablation.scores([removed, [*removed, edge]])
+        costs[edge] = before - after
+        if edge not in circuit.edges:
+            removed.append(edge)
+    found = Found.of_circuit(circuit, known.model.config)
+    assert found.edge_scores == pytest.approx(costs, abs=1e-2)
+    out_of = {node: [abs(cost) for (sender, _), cost in costs.items() if sender == node] for node in found.node_scores}
+    assert found.node_scores == pytest.approx({node: max(each) for node, each in out_of.items()}, abs=1e-2)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_on_one_side_what_works_against_the_answer_ranks_last(family):
+    known = truth("inhibition", family, seed=SEED)
+    circuit = discover(known.model, known.task)
+    scores = Found.of_circuit(circuit, known.model.config).node_scores
+    assert min(scores, key=scores.__getitem__) == known.roles["negative name mover"]
+    assert circuit.costs()[known.roles["negative name mover"]] < -20
+    assert truth_report(circuit, known)["nodes"].auroc == pytest.approx(0.8)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -101,18 +157,6 @@ def test_the_papers_pruning_loses_the_negative_head_and_nothing_else(family):
     report = truth_report(discover(known.model, known.task), known)["nodes"]
     assert report.precision == 1
     assert [known.role(node) for node in report.missed] == ["negative name mover"]
-
-
-@pytest.mark.parametrize("method", ["exact edges", "pruning, then direct edges", "ACDC on both sides"])
-@pytest.mark.parametrize("name", truth_names())
-@pytest.mark.parametrize("family", FAMILIES)
-def test_exact_methods_recover_the_edges_fully(name, family, method):
-    print(f"seed {SEED}")
-    known = truth(name, family, seed=SEED)
-    report = truth_report(METHODS[method](known.model, known.task), known)
-    for recovery in report.values():
-        assert recovery.missed == recovery.extra == ()
-    assert report["edges"].auroc in (None, 1)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -159,7 +203,8 @@ def test_the_table_has_a_row_per_model_form_and_method():
         (family, method, "nodes") for family in FAMILIES for method in ("exact sweep, mean", "pruning, mean")
     ]
     assert all(row.precision == row.recall == 1 and row.n_seeds == 2 and row.missed == () for row in rows)
-    assert [row.auroc for row in rows] == [1, None, 1, None]
+    assert [row.auroc for row in rows] == [1, 1, 1, 1]
+    assert all(row.exact for row in rows)
     assert calls == [(1, 4), (2, 4), (3, 4), (4, 4)]
 
 
@@ -170,7 +215,7 @@ def test_a_method_is_added_as_one_row(monkeypatch):
 
     monkeypatch.setitem(METHODS, "MLP 0", nothing_but_mlp_0)
     (row,) = truth_table(["induction"], families=["gpt2"], methods=["MLP 0"], n_seeds=1)
-    assert (row.what, row.recall) == ("edges", 0)
+    assert (row.what, row.exact, row.recall) == ("edges", False, 0)
     assert row.auroc < 0.5
     assert "previous token -> induction.k" in row.missed
 

@@ -27,9 +27,8 @@ def test_bench_prints_the_same_table(run, monkeypatch):
     assert bench[0] == same[0] == 0
     rows, expected = (json.loads(out) for _, out, _ in (bench, same))
     assert [{**row, "seconds": 0} for row in rows] == [{**row, "seconds": 0} for row in expected]
-    assert [(row["family"], row["what"], row["recall"]) for row in rows] == [
-        ("gpt2", "edges", 1),
-        ("llama", "edges", 1),
+    assert [(row["family"], row["what"], row["exact"], row["recall"]) for row in rows] == [
+        (family, what, True, 1) for family in ("gpt2", "llama") for what in ("nodes", "edges")
     ]
 
 

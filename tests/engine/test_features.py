@@ -128,6 +128,7 @@ def test_sets_of_features_read_what_earlier_patches_left(model, prompts, activat
         [("r", 1, {5: None}, "zero"), ("late", 2, {6: None, 2: (-1,)}, "mean")],
         [("a", 1, {1: None, 2: None}, "mean"), ("m", 1, {8: None}, "corrupted"), ("late", 2, {0: None}, "zero")],
         [("m", 1, dict.fromkeys(range(40)), "zero")],
+        [("r", 1, {2: None}, "zero"), ("mid", 1, {4: None, 7: (5,)}, "corrupted"), ("m", 1, {8: None}, "mean")],
     ]
     sets, expected = [], []
     for parts in plans:
@@ -151,6 +152,8 @@ def test_features_mix_with_components_and_bases(model, prompts):
         ("a0.h1", "r1.f3", "m1.f4"),
         ("a1.h0", "a1.f2", "m2"),
         ("m1", "m1.f5"),
+        ("a0.h1", "r1.f3", "a1.h2", "mid1.f6", "mid1.f7", "m1.f4"),
+        ("mid1.f2", "m1.n3", "m2"),
         (Patch(Site.of("a1.g0"), "zero"), "a1.f9"),
         ("a1.h0", "a1.h1", "a1.h2", "a1.h3", "a1.f1"),
         (Patch(Site.of("r1.f3"), "zero"), Patch(Site(Component.parse("r1.f3"), (5,)), "mean")),
@@ -161,7 +164,7 @@ def test_features_mix_with_components_and_bases(model, prompts):
     pieces = patch_effects(spliced, prompts, sets, precision="fp64", budget_bytes=100_000).effects
     assert relative_error(pieces, reference) < 1e-10
     session = DeltaSession(spliced, prompts, precision="fp64")
-    base = as_patch_set(["a0.h2", "r1.f8"])
+    base = as_patch_set(["a0.h2", "r1.f8", "mid1.f9"])
     extras = [as_patch_set(s) for s in sets]
     whole = patch_effects(spliced, prompts, [(*base, *e) for e in extras], executor="reference", precision="fp64")
     assert relative_error(session.effects(extras, base=base).effects, whole.effects) < 1e-10
@@ -187,7 +190,7 @@ def test_a_source_may_hold_activations_or_the_values_they_are_read_from(model, p
         assert relative_error(found, wanted) < 1e-10
 
 
-@pytest.mark.parametrize("name", ["r4.f17", "m3.f17", "a5.f17"])
+@pytest.mark.parametrize("name", ["r4.f17", "m3.f17", "a5.f17", "mid4.f17"])
 def test_feature_names_read_back(name):
     assert str(Component.parse(name)) == name
     assert Component.parse(name).is_feature
@@ -200,6 +203,14 @@ def test_features_that_do_not_exist_are_named(model, prompts, executor):
         patch_effects(spliced, prompts, ["r1.f40"], executor=executor)
     with pytest.raises(PatchError, match="'m1.f0' does not exist: no dictionary is known at 'blocks.1.hook_mlp_out'"):
         patch_effects(spliced, prompts, ["m1.f0"], executor=executor)
+
+
+def test_the_stream_leaving_a_layer_is_the_one_entering_the_next(model, prompts):
+    dictionary = dictionaries_of(model)["r"]
+    spliced = model.with_dictionaries(replace(dictionary, hook_name="blocks.0.hook_resid_post"))
+    assert list(spliced.dictionaries) == [dictionary.hook_name]
+    with pytest.raises(HookError, match=r"'blocks.3.hook_resid_pre'.* what leaves the last one is no site"):
+        model.with_dictionaries(replace(dictionary, hook_name="blocks.2.hook_resid_post"))
 
 
 def test_dictionaries_that_do_not_fit_are_named(model):
