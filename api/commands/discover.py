@@ -18,6 +18,7 @@ from subcircuit.options import (
     FilterOption,
     HooksOption,
     JsonOption,
+    MembersOption,
     Metric,
     ModelOption,
     NOption,
@@ -45,6 +46,7 @@ def discover(
     n: NOption = 32,
     seed: SeedOption = 0,
     template: TemplateOption = "all",
+    members: MembersOption = None,
     only_answered: FilterOption = False,
     threshold: Annotated[
         float | None,
@@ -114,7 +116,7 @@ def discover(
     if edge_threshold is not None and not edges:
         raise typer.BadParameter("--edge-threshold is of edges that are pruned; expected --edges with it")
     loaded = with_dictionaries(sc.load(model, dtype=dtype, device=device), dictionaries, hooks)
-    prompts = sc.task(task, loaded, n=n, seed=seed, template=template, filter=only_answered)
+    prompts = sc.task(task, loaded, n=n, seed=seed, template=template, members=members, filter=only_answered)
     with progress_bars(quiet) as progress, suitable_threads(loaded):
         circuit = sc.discover(
             loaded,
