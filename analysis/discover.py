@@ -126,7 +126,7 @@ def discover(model: HookedTransformer, task: Task, method: str = "prune", **opti
 
 def why_empty(circuit: Circuit) -> str:
     """What it means that a circuit has no nodes, and what to try: half a sentence for people."""
-    if circuit.score is None:
+    if "n_taken" in circuit.settings:
         return "no edge that was taken leads through a node from input to logits; try more edges or a lower threshold"
     source, metric = (str(circuit.settings.get(name, "")) for name in ("source", "metric"))
     return (

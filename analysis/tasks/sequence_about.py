@@ -11,8 +11,9 @@ _CORRUPTED = (
     "member is neither the answer nor the wrong answer."
 )
 _NEXT = (
-    "Four {members} in order are shown, in a sentence each or bare; the next one is the answer, the last one shown the "
-    "wrong answer. The model has to see that there is a sequence and to count on from its newest member."
+    "Four {members} in order (or as many as are asked for) are shown, in a sentence each or bare; the next one is the "
+    "answer, the last one shown the wrong answer. The model has to see that there is a sequence and to count on from "
+    "its newest member."
 )
 _MEASURES = {
     **{name: _NEXT.format(members=name.replace("_", " ")) for name in SEQUENCES},
@@ -30,8 +31,9 @@ _MEASURES = {
 def sequence_about(name: str) -> About:
     """What the card of a sequence task says; KeyError for another task."""
     rule = RULES[name]
+    wants = "to count on, from any number" if rule.step == 1 else "to find the step; a circuit that adds one fails here"
     interval = (
         f"Three numerals in steps of {rule.step}; the next in the same steps is the answer, the last one shown the "
-        "wrong answer. The model has to find the step; a circuit that adds one fails here."
+        f"wrong answer. The model has {wants}."
     )
     return About(_MEASURES.get(name, interval), _CORRUPTED, _LAN)
