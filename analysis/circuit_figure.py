@@ -3,16 +3,29 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.patches import Circle, FancyBboxPatch, PathPatch
 from matplotlib.path import Path
 
-from subcircuit.analysis.circuit import Circuit
-from subcircuit.analysis.drawing import BAND, FAINT, INK, PALETTE, SOFT, STYLE, boxed, svg_text
+from subcircuit.analysis.circuit import Circuit, intersection, union
+from subcircuit.analysis.drawing import (
+    BAND,
+    FAINT,
+    INK,
+    PALETTE,
+    SOFT,
+    STYLE,
+    add_legend,
+    boxed,
+    svg_text,
+    task_colour,
+    words,
+)
 from subcircuit.engine.patching import Component
 from subcircuit.engine.patching.graph import INPUT, LOGITS, Edge
 
@@ -68,11 +81,7 @@ def circuit_figure(circuit: Circuit, title: str, group_size: int = 1) -> str:
     layout = _Layout.of(circuit)
     joined = {name for edge in circuit.edges for name in _ends(circuit, edge, group_size)}
     with mpl.rc_context(STYLE):
-        size = UNIT * layout.width, UNIT * (layout.height + 0.6)
-        figure, axes = boxed(max(size[0], 3.6), size[1], title, 0.8, 0.2, 0.45)
-        spare = max(0.0, 3.6 / UNIT - layout.width) / 2
-        axes.set(xlim=(-spare, layout.width + spare), ylim=(-0.3, layout.height + 0.3), xticks=[])
-        axes.set_yticks(*_layer_ticks(circuit, layout))
+        figure, axes = _laid_out(circuit, layout, title, below=0.45)
         _draw_edges(axes, circuit, layout, group_size)
         for name, place in layout.nodes.items():
             if name in joined or name not in (INPUT, LOGITS):
@@ -82,6 +91,62 @@ def circuit_figure(circuit: Circuit, title: str, group_size: int = 1) -> str:
             x, y = (0.45 + 0.75 * i) / figure.get_figwidth(), 0.18 / figure.get_figheight()
             figure.text(x, y, f"— {word}", color=COLOURS[kind], va="center", fontsize=8.5, fontweight="bold")
         return svg_text(figure)
+
+
+def overlay_diagram(circuits: Mapping[str, Circuit], title: str, group_size: int = 1, n_edges: int = 80) -> str:
+    """The circuits of several tasks as one diagram: every node has a dot in the colour of each task that has it.
+
+    Of edges the strongest are drawn, `n_edges` and at least half of them such that every circuit has, where there are:
+    these dark, in the task's colour those of one, grey those of some. Their strength is the largest score that any task
+    gives.
+    """
+    whole, common = union(list(circuits.values())), set(intersection(list(circuits.values())).edges)
+    strength = {
+        edge: max(abs(circuit.edge_scores.get(edge, 0.0)) for circuit in circuits.values() if edge in circuit.edges)
+        for edge in whole.edges
+    }
+    strongest = sorted(strength, key=lambda edge: -strength[edge])
+    shared = [edge for edge in strongest if edge in common]
+    n_others = min(len(strongest) - len(shared), n_edges // 2)
+    drawn = shared[: n_edges - n_others] + [edge for edge in strongest if edge not in common][:n_others]
+    whole = replace(whole, edges=tuple(drawn), edge_scores={edge: strength[edge] for edge in drawn})
+    members = [(task_colour(i), circuit) for i, circuit in enumerate(circuits.values())]
+    colour_of = {}
+    for edge in drawn:
+        having = [colour for colour, circuit in members if edge in circuit.edges]
+        colour_of[edge] = having[0] if len(having) == 1 else INK if edge in common else SOFT
+    layout = _Layout.of(whole)
+    with mpl.rc_context(STYLE):
+        named = zip(circuits, members, strict=True)
+        lines = [(colour, f"{words(task)}: {_counted(circuit)}") for task, (colour, circuit) in named]
+        lines.append((INK, f"in every circuit: {len(common)} edges; of {len(strength)} in any, {len(drawn)} are drawn"))
+        figure, axes = _laid_out(whole, layout, title, below=0.45 + 0.22 * len(lines))
+        _draw_edges(axes, whole, layout, group_size, colour_of)
+        ends = {name for edge in drawn for name in edge}
+        for name, place in layout.nodes.items():
+            if name in (INPUT, LOGITS) and name not in ends:
+                continue
+            _draw_node(axes, name, place, True)
+            having = [colour for colour, circuit in members if name in map(str, circuit.nodes)]
+            dots = [(place[0] + 0.16 * (i - (len(having) - 1) / 2), place[1] + HEIGHT / 2) for i in range(len(having))]
+            for dot, colour in zip(dots, having, strict=True):
+                axes.add_patch(Circle(dot, 0.07, facecolor=colour, edgecolor="white", linewidth=0.5, zorder=4))
+        _draw_inputs(axes, whole, layout, group_size, dict.fromkeys(COLOURS, SOFT))
+        add_legend(figure, lines)
+        return svg_text(figure)
+
+
+def _counted(circuit: Circuit) -> str:
+    return f"{len(circuit.heads)} heads, {len(circuit.mlps)} MLPs, {len(circuit.edges)} edges"
+
+
+def _laid_out(circuit: Circuit, layout: _Layout, title: str, below: float) -> tuple[Figure, Axes]:
+    size = UNIT * layout.width, UNIT * (layout.height + 0.6)
+    figure, axes = boxed(max(size[0], 3.6), size[1], title, 0.8, 0.2, below)
+    spare = max(0.0, 3.6 / UNIT - layout.width) / 2
+    axes.set(xlim=(-spare, layout.width + spare), ylim=(-0.3, layout.height + 0.3), xticks=[])
+    axes.set_yticks(*_layer_ticks(circuit, layout))
+    return figure, axes
 
 
 def _layer_ticks(circuit: Circuit, layout: _Layout) -> tuple[list[float], list[str]]:
@@ -101,8 +166,10 @@ def _ends(circuit: Circuit, edge: Edge, group_size: int) -> Iterator[str]:
         yield receiver
 
 
-def _draw_edges(axes: Axes, circuit: Circuit, layout: _Layout, group_size: int) -> None:
-    """Strong edges above weak ones."""
+def _draw_edges(
+    axes: Axes, circuit: Circuit, layout: _Layout, group_size: int, colour_of: Mapping[Edge, str] | None = None
+) -> None:
+    """Strong edges above weak ones, in the colour of what they lead to unless colours are given."""
     scores = circuit.edge_scores
     most = max(map(abs, scores.values()), default=0.0) or 1.0
     for edge in sorted(circuit.edges, key=lambda edge: abs(scores.get(edge, 0.0))):
@@ -117,7 +184,7 @@ def _draw_edges(axes: Axes, circuit: Circuit, layout: _Layout, group_size: int) 
                 PathPatch(
                     _curve(start, end),
                     facecolor="none",
-                    edgecolor=COLOURS[kind],
+                    edgecolor=COLOURS[kind] if colour_of is None else colour_of[edge],
                     linewidth=0.5 + 3 * share,
                     alpha=0.45 + 0.45 * share,
                     linestyle=style,
@@ -126,14 +193,16 @@ def _draw_edges(axes: Axes, circuit: Circuit, layout: _Layout, group_size: int) 
             )
 
 
-def _draw_inputs(axes: Axes, circuit: Circuit, layout: _Layout, group_size: int) -> None:
+def _draw_inputs(
+    axes: Axes, circuit: Circuit, layout: _Layout, group_size: int, colours: Mapping[str, str] = COLOURS
+) -> None:
     """The queries, keys and values into which edges lead."""
     for receiver in sorted({receiver for _, receiver in circuit.edges if receiver.startswith("a")}):
         kind = Component.parse(receiver).kind
         for reader in circuit.readers(receiver, group_size):
             x, y = layout.nodes[str(reader)]
             at = x + _port(kind), y - HEIGHT / 2
-            axes.add_patch(Circle(at, 0.1, facecolor=COLOURS[kind], edgecolor="white", linewidth=0.6, zorder=4))
+            axes.add_patch(Circle(at, 0.1, facecolor=colours[kind], edgecolor="white", linewidth=0.6, zorder=4))
             axes.text(*at, kind, ha="center", va="center_baseline", fontsize=6, color="white", zorder=5)
 
 

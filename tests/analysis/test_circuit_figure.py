@@ -9,7 +9,8 @@ import pytest
 
 from patching_cases import CONFIGS
 from subcircuit.analysis.circuit import Circuit
-from subcircuit.analysis.circuit_figure import COLOURS, circuit_figure
+from subcircuit.analysis.circuit_figure import COLOURS, circuit_figure, overlay_diagram
+from subcircuit.analysis.drawing import INK, task_colour
 from subcircuit.analysis.edges import edges_between
 
 NODES = Circuit(heads=[(0, 1), (1, 0), (1, 3), (2, 2)], mlps=[0, 2])
@@ -80,3 +81,21 @@ def test_the_graph_leads_through_queries_keys_and_values():
     assert '"a1.k0" -> "a1.h0" [style=dotted, arrowhead=none];' in dot
     assert '"a1.k0" -> "a1.h3"' not in dot
     assert '"a1.k0" -> "a1.h3" [style=dotted, arrowhead=none];' in circuit.to_dot(group_size=4)
+
+
+def test_the_overlay_shows_whose_nodes_and_edges_are(config):
+    whole = circuit_with_edges(config)
+    few = replace(whole, edges=whole.edges[:5], mlps=[0])
+    svg = overlay_diagram({"months": whole, "number_words": few}, "both", config.group_size, n_edges=10**6)
+    ElementTree.fromstring(svg)
+    assert "number words: 4 heads, 1 MLPs, 5 edges" in svg
+    assert f"in every circuit: 5 edges; of {len(whole.edges)} in any, {len(whole.edges)} are drawn" in svg
+    colours = [colour for colour, _, _ in lines(svg)]
+    n_curves = {
+        edge: len(whole.readers(edge[1], config.group_size)) if edge[1][0] == "a" else 1 for edge in whole.edges
+    }
+    assert colours.count(INK.upper()) == sum(n_curves[edge] for edge in few.edges)
+    assert colours.count(task_colour(0)) == sum(n_curves[edge] for edge in whole.edges[5:])
+    fewer = overlay_diagram({"months": whole, "number_words": few}, "both", config.group_size, n_edges=8)
+    assert "8 are drawn" in fewer
+    assert 8 <= len(lines(fewer)) < len(colours)
