@@ -126,9 +126,9 @@ def discover(model: HookedTransformer, task: Task, method: str = "prune", **opti
 
 def why_empty(circuit: Circuit) -> str:
     """What it means that a circuit has no nodes, and what to try: half a sentence for people."""
-    if "n_taken" in circuit.settings:
+    if "n_taken" in circuit.settings:  # edges taken by size, which no score has decided on
         return "no edge that was taken leads through a node from input to logits; try more edges or a lower threshold"
-    source, metric = (str(circuit.settings.get(name, "")) for name in ("source", "metric"))
+    source, metric = (circuit.settings[name] for name in ("source", "metric"))
     return (
         f"no node is needed: with source {source} in place of every one the model scores {circuit.score:.0f} of 100 by "
         f"{metric.replace('_', ' ')}; try another source or metric, or more prompts"

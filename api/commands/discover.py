@@ -209,7 +209,7 @@ def _asked(method: str, **options: Any) -> dict[str, Any]:
     given = _given(**options)
     if method in METHODS:  # others are refused by name where they are looked up
         takes = [name for name in options if name in options_of(method)]
-        for name in given.keys() - set(takes):
+        for name in [name for name in given if name not in takes]:
             listed = ", ".join(map(_flag, takes))
             raise typer.BadParameter(f"method {method!r} has no {_flag(name)}; expected some of {listed}")
     return given

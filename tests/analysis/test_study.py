@@ -270,14 +270,14 @@ def test_an_empty_circuit_ends_no_study(tmp_path):
         "tiny-gpt2: the circuit of task 'greater_than' is empty: no node is needed: with source mean"
     )
     assert "the model scores 104 of 100 by logit difference; try another source or metric, or more prompts" in empty
-    stages = "faithfulness, sensitivity, edges, roles"
+    stages = "faithfulness, sensitivity, edges, edge-faithfulness, roles"
     assert left_out == f"tiny-gpt2: left out for task 'greater_than': {stages}, since its circuit is empty"
     assert run.read_json("results/tiny-gpt2.greater_than.lens.json")["figures"]
     assert run.read_json("results/tiny-gpt2.greater_than.json")["random_scores"] == []
     assert run.read_json("results/tiny-gpt2.numerals.faithfulness.json")["data"]["score"]
     assert {row["circuit"] for row in run.read_json("results/tiny-gpt2.transfer.json")["data"]["rows"]} == {"numerals"}
     page = (run.path / "report.html").read_text()
-    assert page.count("Left out: its circuit is empty.") == 4
+    assert page.count("Left out: its circuit is empty.") == 5
     assert "the circuit of task &#39;greater_than&#39; is empty" in page
 
 
@@ -308,7 +308,8 @@ def test_task_files_are_studied_under_short_names_and_resumed_while_they_say_the
     assert (answered["my-months"], answered["numerals-2"]) == (len(MONTHS_SHOWN), len(MONTHS_SHOWN))
     assert run.run["notes"] == [
         "tiny-gpt2: left out for task 'numerals-2': edges, "
-        "since paths are patched with corrupted prompts, which the task lacks"
+        "since paths are patched with corrupted prompts, which the task lacks",
+        "tiny-gpt2: left out for task 'numerals-2': edge-faithfulness, since its circuit has no edges",
     ]
     assert "corrupted: None" not in (run.path / "report.html").read_text()
     files[1].write_text(json.dumps(bare, indent=3))

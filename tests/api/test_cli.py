@@ -164,7 +164,7 @@ def test_a_screened_sweep_shows_the_largest_effects_and_what_they_took(run):
 
 def test_discover_says_how_many_of_the_edges_asked_for_are_left(run):
     out = run("discover", *TINY, "--task", "months", "--method", "eap", "--n-edges", 40, "--quiet")[1]
-    n_edges, n_lost = (int(re.search(pattern, out)[1]) for pattern in (r"(\d+) edges\n", r"without (\d+) of the 40"))
+    n_edges, n_lost = (int(re.search(pattern, out)[1]) for pattern in (r"(\d+) edges", r"without (\d+) of the 40"))
     assert n_edges + n_lost == 40
     assert n_lost > 0
     out = run("discover", *TINY, "--task", "months", "--method", "eap", "--n-edges", 2000, "--quiet")[1]
