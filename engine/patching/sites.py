@@ -14,7 +14,7 @@ from subcircuit.engine.dictionary import ACTS, SparseDictionary
 from subcircuit.engine.errors import PatchError
 
 FeatureKind = Literal["resid_feature", "z_feature", "mid_feature", "mlp_feature"]
-Kind = Literal["resid", "q", "k", "v", "z", "group", "neuron", "mlp"] | FeatureKind
+Kind = Literal["resid", "q", "k", "v", "z", "group", "neuron", "mlp", FeatureKind]
 
 # The order in which a block computes them: what a patch can change inside its own layer is what comes after it.
 STAGES: dict[str, int] = {"resid": 0, "q": 1, "k": 1, "v": 1, "z": 2, "group": 2, "neuron": 4, "mlp": 5}
