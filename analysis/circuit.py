@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from subcircuit.analysis.plural import counted
 from subcircuit.analysis.store import write_whole
 from subcircuit.engine.errors import PatchError, StoreError
 from subcircuit.engine.patching import Component
@@ -144,9 +145,11 @@ class Circuit:
         heads = " ".join(f"{layer}.{head}" for layer, head in self.heads) or "none"
         mlps = " ".join(map(str, self.mlps)) or "none"
         found = f", score {self.score:.1f}" if self.score is not None else ""
-        edges = f", {len(self.edges)} edge{'' if len(self.edges) == 1 else 's'}" if self.edges else ""
-        features = f", {len(self.features)} features ({' '.join(map(str, self.features))})" if self.features else ""
-        return f"{len(self.heads)} heads ({heads}), {len(self.mlps)} MLPs ({mlps}){features}{edges}{found}"
+        edges = f", {counted(len(self.edges), 'edge')}" if self.edges else ""
+        names = " ".join(map(str, self.features))
+        features = f", {counted(len(self.features), 'feature')} ({names})" if self.features else ""
+        nodes = f"{counted(len(self.heads), 'head')} ({heads}), {counted(len(self.mlps), 'MLP')} ({mlps})"
+        return f"{nodes}{features}{edges}{found}"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""

@@ -100,7 +100,8 @@ def main() -> None:
     except SubcircuitError as error:
         _fail(str(error), 2)
     except BadUsage as error:
-        _fail(" ".join(error.format_message().split()), 2)  # type: ignore[attr-defined]
+        message = " ".join(error.format_message().split())  # type: ignore[attr-defined]
+        _fail(message.removeprefix("Invalid value: "), 2)
     except (KeyboardInterrupt, typer.Abort):
         _fail(f"interrupted{_how_to_resume(sys.argv[1:])}", INTERRUPTED)
     except OSError as error:

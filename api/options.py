@@ -86,7 +86,9 @@ StepsOption = Annotated[int, typer.Option(min=1, help="Runs along the way, for i
 DtypeOption = Annotated[str, typer.Option(help="Of the model's weights: float32, bfloat16, float16 or float64.")]
 DeviceOption = Annotated[str, typer.Option(help="Where the model runs: cpu, cuda, cuda:1, …")]
 JsonOption = Annotated[bool, typer.Option("--json", help="The result as JSON on standard output.")]
-QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on standard error.")]
+QuietOption = Annotated[
+    bool, typer.Option("--quiet", "-q", help="No progress and no names of written files on standard error.")
+]
 ThresholdOption = Annotated[float, typer.Option(help="Points of score that the circuit may lose.")]
 FirstOption = Annotated[Direction, typer.Option(help="Direction of the first pruning sweep.")]
 MaxSweepsOption = Annotated[int | None, typer.Option(min=1, help="At most so many pruning sweeps.")]

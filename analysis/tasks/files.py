@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from subcircuit.analysis.plural import counted
 from subcircuit.analysis.tasks.fitting import text_of, tokenizer_and_model
 from subcircuit.analysis.tasks.values import About, Model, Task, padded
 from subcircuit.engine.errors import TaskError
@@ -100,9 +101,8 @@ def file_fingerprint(path: str | Path) -> str:
 def file_about(path: str | Path) -> About:
     """What a card says of a file's task. Raises TaskError as `file_fingerprint`."""
     rows = _read(Path(path))
-    count = f"{len(rows)} prompt{'' if len(rows) == 1 else 's'}"
     corrupted = "none, so only the sources mean and zero." if rows[0].corrupted is None else "those of the file."
-    return About(f"A task of your own, {count} in a file.", corrupted, str(path))
+    return About(f"A task of your own, {counted(len(rows), 'prompt')} in a file.", corrupted, str(path))
 
 
 def _read(file: Path) -> list[_Row]:

@@ -49,7 +49,8 @@ def compare(
         str | None, typer.Option("--model", "-m", help="Of all circuits; else each circuit's own is used.")
     ] = None,
     task: Annotated[
-        list[str] | None, typer.Option("--task", "-t", help="Score every circuit on it; may be given several times.")
+        list[str] | None,
+        typer.Option("--task", "-t", help="Score every circuit on it, a name or file; may be given several times."),
     ] = None,
     dictionaries: DictionariesOption = None,
     hooks: HooksOption = None,

@@ -111,7 +111,7 @@ def discover(
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Find the circuit of one task: heads, MLPs and features of dictionaries, or edges."""
+    """Find the circuit of one task. Of heads, MLPs and features of dictionaries, or of edges."""
     from subcircuit.analysis.circuit_formats import SUFFIXES, circuit_text
     from subcircuit.engine.threads import suitable_threads
 

@@ -67,7 +67,7 @@ def features(
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Patch every feature of a sparse dictionary in turn, and show the tokens that the strongest fire on."""
+    """Patch every feature of a sparse dictionary. With the tokens that the strongest fire on."""
     from subcircuit.engine.threads import suitable_threads
 
     indices = _indices(chosen)
@@ -143,7 +143,7 @@ def train_dictionary(
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Train a sparse dictionary on a model's activations over tiny-gpt2's training text."""
+    """Train a sparse dictionary. On a model's activations over tiny-gpt2's training text."""
     from subcircuit.analysis.dictionary_training import held_out_rows, tiny_text_rows
 
     settings = sc.TrainingSettings(

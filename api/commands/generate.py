@@ -16,10 +16,10 @@ def generate(
     model: ModelOption,
     texts: Annotated[list[str] | None, typer.Argument(metavar="PROMPT...", help="Prompts to continue.")] = None,
     prompt: Annotated[list[str] | None, typer.Option("--prompt", "-p", help="The same as an option.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1)] = 20,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to add.")] = 20,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.0,
-    top_k: Annotated[int | None, typer.Option(min=1)] = None,
-    top_p: Annotated[float | None, typer.Option()] = None,
+    top_k: Annotated[int | None, typer.Option(min=1, help="Draw from the likeliest so many.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Draw from the likeliest that have this probability.")] = None,
     seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
     bos: Annotated[bool | None, typer.Option("--bos/--no-bos", help="Override the tokenizer's own rule.")] = None,
     steer: Annotated[

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import subcircuit as sc
+from subcircuit.analysis.plural import counted
 from subcircuit.circuits import load_circuits, warn_of_other_model
 from subcircuit.console import interval_of, new_table, out, progress_bars, write_figures
 from subcircuit.options import (
@@ -43,7 +44,9 @@ direct      what it adds itself to logit(answer) − logit(wrong)"""
 
 def heads(
     model: ModelOption,
-    tasks: Annotated[str, typer.Option("--tasks", "--task", "-t", help=f"Joined by commas: {TASKS}.")],
+    tasks: Annotated[
+        str, typer.Option("--tasks", "--task", "-t", help=f"{TASKS}, or .csv or .json files; joined by commas.")
+    ],
     circuit: Annotated[
         list[Path] | None,
         typer.Option("--circuit", "-c", help="Only a circuit's heads, for its task; may be given several times."),
@@ -138,7 +141,7 @@ def _print_task(name: str, task: Task, found: HeadRoles, heads: Heads, circuits:
     from subcircuit.analysis.head_profile import head_profiles
 
     which = "of the circuit" if circuits else "with the clearest roles"
-    out.print(f"\n{name}: {len(heads)} heads {which}, {task.n} prompts\n", style="bold")
+    out.print(f"\n{name}: {counted(len(heads), 'head')} {which}, {counted(task.n, 'prompt')}\n", style="bold")
     table = new_table("head", "role", "evidence")
     for head in heads:
         roles = found.of(head)

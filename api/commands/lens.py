@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import subcircuit as sc
+from subcircuit.analysis.plural import counted
 from subcircuit.console import interval_of, new_table, out, write_figures
 from subcircuit.options import (
     DeviceOption,
@@ -110,7 +111,8 @@ def _values(read: Lens, terms: Attribution, rows: list[dict[str, Any]]) -> dict[
 def _print_stages(read: Lens) -> None:
     rival = "last member" if read.newest is not None else "wrong answer"
     where = "the last token" if read.positions[-1] == read.task.pos - 1 else f"position {read.positions[-1]}"
-    out.print(f"{read.task.name}: {read.task.n} prompts, read after every attention and MLP at {where}\n", style="bold")
+    prompts = counted(read.task.n, "prompt")
+    out.print(f"{read.task.name}: {prompts}, read after every attention and MLP at {where}\n", style="bold")
     columns = ("after", "answer first", "p(answer)", "95 %", f"p({rival})", "95 %", "rank", f"rank, {rival}")
     table = new_table(*columns, "lead", "95 %", "commonest token")
     for row in read.table():

@@ -40,7 +40,7 @@ def study(
     model: Annotated[list[str], typer.Option("--model", "-m", help="A model; may be given several times.")],
     out_dir: Annotated[Path, typer.Option("--out", "-o", help="The run directory to write.")],
     tasks: Annotated[
-        str, typer.Option("--tasks", "--task", "-t", help=f"Joined by commas: {TASKS}.")
+        str, typer.Option("--tasks", "--task", "-t", help=f"{TASKS}, or .csv or .json files; joined by commas.")
     ] = "numerals,number_words,months",
     n: NOption = 32,
     seed: SeedOption = 0,

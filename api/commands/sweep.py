@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 
 import subcircuit as sc
+from subcircuit.analysis.plural import counted
 from subcircuit.console import interval_of, new_table, out, progress_bars, say_written, write_text
 from subcircuit.options import (
     BudgetOption,
@@ -162,7 +163,8 @@ def _with_q_values(scores: sc.Scores, seed: int) -> list[dict[str, Any]]:
 
 def _print_scores(scores: sc.Scores, screening: sc.Screening | None, rows: list[dict[str, Any]], top: int) -> None:
     clean, name = float(scores.clean_metric.mean()), scores.metric.replace("_", " ")
-    out.print(f"{len(rows)} sites × {scores.effects.shape[1]} prompts, clean {name} {clean:.3f}")
+    sizes = f"{counted(len(rows), 'site')} × {counted(scores.effects.shape[1], 'prompt')}"
+    out.print(f"{sizes}, clean {name} {clean:.3f}")
     if screening is not None:
         spent = f"{1 - screening.saved:.0%} of the rows of {screening.n_sites} sites"
         out.print(
@@ -192,7 +194,7 @@ def _called(rows: list[dict[str, Any]], n_prompts: int) -> str:
     """How many sites have an effect; or that so few prompts cannot tell, of any site or of few of them."""
     from subcircuit.analysis.statistics import smallest_p
 
-    prompts = f"{n_prompts} prompt{'' if n_prompts == 1 else 's'}"
+    prompts = counted(n_prompts, "prompt")
     least = smallest_p(n_prompts)
     if least > CALLED:
         needed = next(n for n in itertools.count(n_prompts) if smallest_p(n) <= CALLED)

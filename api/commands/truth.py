@@ -34,7 +34,7 @@ def truth(
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Test discovery methods on circuits known by construction."""
+    """Test discovery methods on known circuits. Of models that are built around them."""
     from subcircuit.analysis.truth import FAMILIES
 
     with progress_bars(quiet) as progress:

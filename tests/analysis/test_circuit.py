@@ -19,7 +19,7 @@ def test_nodes_are_sorted_without_repetition_and_named_in_the_order_of_computati
     assert [str(node) for node in A.nodes] == ["a0.h1", "m0", "m2", "a4.h4"]
     assert len(A) == 4
     assert str(A) == "2 heads (0.1 4.4), 2 MLPs (0 2), 1 edge"
-    assert str(B) == "2 heads (4.4 5.0), 1 MLPs (2)"
+    assert str(B) == "2 heads (4.4 5.0), 1 MLP (2)"
     assert Circuit.of_nodes(["m2", "a4.h4"]).heads == [(4, 4)]
 
 
@@ -53,7 +53,7 @@ def test_features_are_nodes_like_heads_and_mlps():
     circuit = Circuit.of_nodes(["m3.f17", "a4.h4", "r4.f2", "a4.f5", "m3.f17", "m2"], task="months")
     assert [str(node) for node in circuit.nodes] == ["m2", "m3.f17", "r4.f2", "a4.h4", "a4.f5"]
     assert len(circuit) == 5
-    assert str(circuit) == "1 heads (4.4), 1 MLPs (2), 3 features (m3.f17 r4.f2 a4.f5)"
+    assert str(circuit) == "1 head (4.4), 1 MLP (2), 3 features (m3.f17 r4.f2 a4.f5)"
     other = Circuit(heads=[(4, 4)], mlps=[], features=["m3.f17", "m3.f1"])
     assert (circuit & other).nodes == Circuit.of_nodes(["m3.f17", "a4.h4"]).nodes
     assert len(circuit | other) == 6

@@ -39,7 +39,7 @@ def test_a_circuit_without_a_model_needs_one(run, files):
     status, _, err = run("compare", *files)
     assert (status, err) == (
         2,
-        "error: Invalid value: circuit 'b' does not say of which model it is; expected --model\n",
+        "error: circuit 'b' does not say of which model it is; expected --model\n",
     )
     assert run("compare", files[0])[2] == "error: circuits to compare: a; expected at least two\n"
     status, _, err = run("compare", files[0], "missing.json")

@@ -350,7 +350,7 @@ def test_a_file_is_a_task_of_the_command_line(run, tmp_path):
     file.write_text("clean,corrupted,answer,wrong\nMay June July,May June March,August,July\n")
     status, out, _ = run("sweep", "--model", "tiny-gpt2", "--task", file, "--components", "a0.h1")
     assert status == 0
-    assert "1 sites × 1 prompts" in out
+    assert "1 site × 1 prompt, " in out
     file.write_text("clean,corrupted,answer,wrong\nMay June July,May June March,Xanthippe,July\n")
     status, _, err = run("sweep", "--model", "tiny-gpt2", "--task", file)
     assert status == 2

@@ -30,7 +30,7 @@ def test_discover_takes_what_prune_edges_takes(run, tmp_path):
     expected = {"freeze": "none", "relative_to": "circuit", "from_input": True, "same_layer": True, "threshold": 0.9}
     assert {name: how[name] for name in expected} == expected
     refused = run("discover", *TINY, "--freeze", "none")[2]
-    assert refused == "error: Invalid value: --freeze is of edges that are pruned; expected --edges with it\n"
+    assert refused == "error: --freeze is of edges that are pruned; expected --edges with it\n"
 
 
 def test_edges_by_gradients_are_verified(run):
