@@ -15,6 +15,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -34,7 +35,7 @@ from subcircuit.engine.patching.gradients import ENTRY, Gradients, MetricPass
 from subcircuit.engine.patching.memory import clean_bytes
 from subcircuit.engine.patching.options import check_prompts, default_budget, in_dtype
 from subcircuit.engine.patching.sites import Patch, source_name
-from subcircuit.engine.patching.sources import PromptChunk, Sources
+from subcircuit.engine.patching.sources import PromptChunk, Sources, tail_shape
 from subcircuit.engine.rope import rope_frequencies, rope_tables, rotate
 
 Method = Literal["atp", "ig", "atp*"]
@@ -61,16 +62,18 @@ def gradient_scores(
 ) -> Scores:
     """First-order effects of patching every component on every prompt, as `sweep` would measure them exactly.
 
-    `components`, `source` and `positions` are those of `sweep`; `method` is one of this module's. Cost per prompt: a
-    forward for a corrupted source, and a forward and a backward (`ig`: `steps` of each; `atp*`: one backward more per
-    layer). Prompts are run in chunks that fit `budget_bytes` beside the weights. `progress` is called with (prompts
-    done, prompts in all).
+    `components`, `source` and `positions` are those of `sweep`; `method` is one of this module's. Features of a model's
+    dictionaries are components too, except for `atp*`. Cost per prompt: a forward for a corrupted source, and a forward
+    and a backward (`ig`: `steps` of each; `atp*`: one backward more per layer). Prompts are run in chunks that fit
+    `budget_bytes` beside the weights. `progress` is called with (prompts done, prompts in all).
 
     Raises PatchError for what does not exist or is not aligned.
     """
     check_method(method, get_args(Method), steps, precision)
     check_prompts(model, task)
-    sites = sites_of(model.config, components, positions, task.clean.shape[1])
+    sites = sites_of(model.config, components, positions, task.clean.shape[1], model.dictionaries)
+    if method == "atp*" and any(site.component.is_feature for site in sites):
+        raise PatchError("gradient method 'atp*' knows no features of dictionaries; expected 'atp' or 'ig'")
     run = _Run(in_dtype(model, DTYPES[precision]), task, sites, source, method, steps)
     budget = default_budget(model.device) if budget_bytes is None else budget_bytes
     effects, clean_metric = run.effects(max(1, budget // run.bytes_per_prompt()), progress)
@@ -121,13 +124,17 @@ class _Probe:
     readers: list[_Reader]
 
 
-def _probes(sites: Sequence[Site], config: ModelConfig, n_pos: int, qk_fix: bool) -> list[_Probe]:
+def _probes(sites: Sequence[Site], model: HookedTransformer, n_pos: int, qk_fix: bool) -> list[_Probe]:
+    config = model.config
     groups: dict[tuple[str, str, int, tuple[int, ...] | None], dict[object, list[int]]] = {}
     for row, site in enumerate(sites):
         component, positions = site.component, site.resolve(n_pos)
         fixed = qk_fix and component.kind in ("q", "k")
         observed = f"blocks.{component.layer}.attn.hook_z" if fixed else component.hook_name
-        axis_size = config.n_heads if fixed else component.axis_size(config)
+        if component.is_feature:
+            (axis_size,) = tail_shape(config, component.hook_name, model.dictionaries)
+        else:
+            axis_size = config.n_heads if fixed else component.axis_size(config)
         moved, read = (positions, None) if fixed and component.kind == "k" else (None, positions)
         readers = groups.setdefault((component.hook_name, observed, axis_size, moved), {})
         readers.setdefault((read, component.kind), []).append(row)
@@ -162,7 +169,7 @@ class _Run:
         self.model, self.task, self.config = model, task, model.config
         self.sites, self.source, self.method, self.steps = sites, source, method, steps
         self.n_pos = task.clean.shape[1]
-        self.probes = _probes(sites, self.config, self.n_pos, method == "atp*")
+        self.probes = _probes(sites, model, self.n_pos, method == "atp*")
         self._rotation = None
         if self.config.positions == "rope":
             at = torch.arange(self.n_pos, device=model.device)
@@ -172,9 +179,8 @@ class _Run:
         """Bytes that one prompt takes: the differentiable run, and a difference and a product per probe."""
         element_size = torch.finfo(self.model.dtype).bits // 8
         run = GRAPH_COPIES * clean_bytes(self.config, self.n_pos, element_size)
-        widths = {"attn.hook_z": self.config.n_heads * self.config.d_head, "mlp.hook_post": self.config.d_mlp}
-        per_probe = [widths.get(probe.observed.split(".", 2)[-1], self.config.d_model) for probe in self.probes]
-        return run + 2 * sum(per_probe) * self.n_pos * element_size
+        shapes = [tail_shape(self.config, probe.observed, self.model.dictionaries) for probe in self.probes]
+        return run + 2 * sum(map(math.prod, shapes)) * self.n_pos * element_size
 
     def effects(
         self, at_once: int, progress: Callable[[int, int], None] | None

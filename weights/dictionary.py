@@ -1,55 +1,29 @@
-"""Sparse dictionaries in files: SAELens' directories, read and written, and the tensors of `dictionary_learning`.
-
-| ours    | SAELens             | dictionary_learning            |
-| ------- | ------------------- | ------------------------------ |
-| `W_enc` | `W_enc`             | `encoder.weight`, transposed   |
-| `W_dec` | `W_dec`             | `decoder.weight`, transposed   |
-| `b_enc` | `b_enc`             | `encoder.bias`                 |
-| `b_dec` | `b_dec`             | `bias`, of its top-k ones `b_dec` |
-| `k`     | `k` in cfg.json     | `k`, a tensor                  |
-
-SAELens' cfg.json changed over its versions; what is read is there from version 3 (flat) to 6 (the hook point under
-`metadata`).
-"""
+"""Sparse dictionaries in files: read in the layouts of `dictionary_layouts`, written in SAELens'."""
 
 from __future__ import annotations
 
 import json
 import os
+import zipfile
+import zlib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from subcircuit.engine.dictionary import Activation, SparseDictionary
+from subcircuit.engine.dictionary import SparseDictionary
 from subcircuit.engine.errors import ConfigError, WeightsError
-from subcircuit.weights.checkpoint import ConfigValues, StoredTensor, check_finite, parse_dtype
-from subcircuit.weights.huggingface import open_safetensors, read_json
+from subcircuit.weights.checkpoint import StoredTensor, check_finite, one_line, parse_dtype
+from subcircuit.weights.dictionary_layouts import ARCHITECTURES, CONFIG_FILE, OURS, layout_of
+from subcircuit.weights.huggingface import open_safetensors
 
-CONFIG_FILE = "cfg.json"
 WEIGHTS_FILE = "sae_weights.safetensors"
 
-ARCHITECTURES: Mapping[str, Activation] = {"standard": "relu", "jumprelu": "jumprelu", "topk": "topk"}
-
-_OURS = ("W_enc", "W_dec", "b_enc", "b_dec")
-_LEARNING = {"W_enc": "encoder.weight", "W_dec": "decoder.weight", "b_enc": "encoder.bias"}
 _UNREAD = {"threshold", "k", "scaling_factor"}
 """Tensors that may stand beside those that every dictionary has."""
-
-
-@dataclass(frozen=True)
-class _Layout:
-    """What a file's configuration says of its tensors."""
-
-    hook_name: str
-    activation: Activation
-    k: int | None
-    subtract_b_dec: bool
-    by_decoder_norm: bool = False
-    """Whether activations are scaled by the norm of their decoder row before the k largest are chosen."""
 
 
 def load_dictionary(
@@ -59,32 +33,29 @@ def load_dictionary(
     dtype: str | torch.dtype = "float32",
     device: str | torch.device = "cpu",
 ) -> SparseDictionary:
-    """Read a sparse dictionary: a directory of SAELens (cfg.json and sae_weights.safetensors), or a directory or a
-    safetensors file with the tensor names of `dictionary_learning`.
+    """Read a sparse dictionary: a directory of SAELens (cfg.json and sae_weights.safetensors) or of sparsify (cfg.json
+    and sae.safetensors), a directory or a safetensors file with the tensor names of `dictionary_learning`, or Gemma
+    Scope's params.npz.
 
     `hook` is the hook point it sits at, for files that do not say, and to overrule those that do. What is said to sit
-    at a layer's `hook_resid_post` sits at the next one's `hook_resid_pre`, which is the same value.
+    at a layer's `hook_resid_post` sits at the next one's `hook_resid_pre`, which is the same value. Gated dictionaries
+    are read as the `jumprelu` ones that they are equal to.
 
     Raises WeightsError for a file that is missing or not readable, a tensor that is missing, extra, wrongly shaped or
-    not finite, or a kind of dictionary that is not supported: gated ones, transcoders, and those that normalise what
-    they read.
+    not finite, or a kind of dictionary that is not supported: transcoders, and those that normalise what they read.
     """
     where = Path(path)
     file = where if where.is_file() else _weights_file(where)
-    stored = open_safetensors(file)
-    if _LEARNING["W_enc"] in stored:
-        layout = _learning_layout(file, stored, hook)
-        tensors = _learning_tensors(file, stored, dtype)
-    else:
-        layout = _saelens_layout(file.parent / CONFIG_FILE, hook)
-        names = (*_OURS, "threshold") if layout.activation == "jumprelu" else _OURS
-        _check_known(file, stored, names)
-        tensors = {name: _read(file, stored, name, dtype) for name in names}
+    stored = _open_npz(file) if file.suffix == ".npz" else open_safetensors(file)
+    layout = layout_of(file, stored, hook)
+    _check_known(file, stored, layout.names.values())
+    tensors = {ours: _read(file, stored, theirs, dtype) for ours, theirs in layout.names.items()}
+    tensors |= {name: tensors[name].T for name in layout.transposed}
     tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
     try:
         dictionary = SparseDictionary(
             layout.hook_name,
-            **tensors,
+            **(_as_jumprelu(**tensors) if "r_mag" in tensors else tensors),
             activation=layout.activation,
             k=layout.k,
             subtract_b_dec=layout.subtract_b_dec,
@@ -118,7 +89,7 @@ def save_dictionary(
     }
     if dictionary.k is not None:
         values["k"] = dictionary.k
-    tensors = {name: getattr(dictionary, name) for name in (*_OURS, "threshold")}
+    tensors = {name: getattr(dictionary, name) for name in (*OURS, "threshold")}
     contiguous = {name: each.detach().cpu().contiguous() for name, each in tensors.items() if each is not None}
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -129,57 +100,30 @@ def save_dictionary(
 
 
 def _weights_file(directory: Path) -> Path:
-    """The one safetensors file of a directory, or SAELens' where there are several."""
+    """The one safetensors file of a directory, SAELens' where there are several, Gemma Scope's where there is none."""
     if (directory / WEIGHTS_FILE).is_file():
         return directory / WEIGHTS_FILE
     found = sorted(directory.glob("*.safetensors"))
+    if not found and (directory / "params.npz").is_file():
+        return directory / "params.npz"
     if len(found) != 1:
         raise WeightsError(f"{directory}: holds {len(found)} safetensors files; expected {WEIGHTS_FILE} or only one")
     return found[0]
 
 
-def _saelens_layout(file: Path, hook: str | None) -> _Layout:
-    values = ConfigValues(read_json(file), file)
-    metadata = values.values.get("metadata")
-    inner = ConfigValues(metadata if isinstance(metadata, dict) else {}, file)
-    at = inner if inner.has("hook_name") else values
-    architecture = values.text("architecture", "standard")
-    legacy = values.values.get("activation_fn_kwargs", values.values.get("activation_fn_k"))
-    if architecture == "standard" and values.text("activation_fn_str", values.text("activation_fn", "relu")) == "topk":
-        architecture = "topk"  # before version 6 a setting of the standard architecture
-    if architecture not in ARCHITECTURES:
-        values.fail(f"architecture {architecture!r} is not supported; expected one of {', '.join(ARCHITECTURES)}")
-    normalised = values.values.get("normalize_activations", "none")
-    if normalised != "none":
-        values.fail(f"'normalize_activations' is {normalised!r}; only 'none' is supported")
-    if at.has("hook_head_index"):
-        values.fail("'hook_head_index' is set; dictionaries of a single head are not supported")
-    if values.flag("finetuning_scaling_factor"):
-        values.fail("'finetuning_scaling_factor' is true; fold it into the weights and save it again")
-    k = None
-    if architecture == "topk":
-        k = ConfigValues(legacy, file).integer("k") if isinstance(legacy, dict) and legacy else values.integer("k")
-    return _Layout(
-        hook or at.text("hook_name"),
-        ARCHITECTURES[architecture],
-        k,
-        values.flag("apply_b_dec_to_input", True),
-        values.flag("rescale_acts_by_decoder_norm"),
-    )
+def _open_npz(file: Path) -> dict[str, StoredTensor]:
+    """The arrays of one file by name.  Raises WeightsError for a file that is none."""
 
+    def stored(value: Tensor) -> StoredTensor:
+        return StoredTensor(file, tuple(value.shape), value.dtype, value.to)
 
-def _learning_layout(file: Path, stored: Mapping[str, StoredTensor], hook: str | None) -> _Layout:
-    if hook is None:
-        raise WeightsError(f"{file}: does not say where the dictionary sits; expected hook='blocks.4.hook_resid_pre'")
-    k = int(stored["k"].read(torch.float64)) if "k" in stored else None
-    return _Layout(hook, "relu" if k is None else "topk", k, subtract_b_dec=True)
-
-
-def _learning_tensors(file: Path, stored: Mapping[str, StoredTensor], dtype: str | torch.dtype) -> dict[str, Tensor]:
-    names = {**_LEARNING, "b_dec": "b_dec" if "b_dec" in stored else "bias"}
-    _check_known(file, stored, names.values())
-    tensors = {ours: _read(file, stored, theirs, dtype) for ours, theirs in names.items()}
-    return {name: tensor.T if name.startswith("W_") else tensor for name, tensor in tensors.items()}
+    try:
+        if not zipfile.is_zipfile(file):
+            raise ValueError("not a zip archive")
+        with np.load(file, allow_pickle=False) as arrays:
+            return {name: stored(torch.from_numpy(arrays[name])) for name in arrays.files}
+    except (OSError, ValueError, TypeError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+        raise WeightsError(f"{file}: not a readable npz file ({one_line(error)})") from error
 
 
 def _check_known(file: Path, stored: Mapping[str, StoredTensor], names: Iterable[str]) -> None:
@@ -195,6 +139,28 @@ def _read(file: Path, stored: Mapping[str, StoredTensor], name: str, dtype: str 
     value = stored[name].read(dtype)
     check_finite(value, name, stored[name], dtype)
     return value
+
+
+def _as_jumprelu(
+    W_enc: Tensor, W_dec: Tensor, b_gate: Tensor, b_mag: Tensor, r_mag: Tensor, b_dec: Tensor
+) -> dict[str, Tensor]:
+    """A gated dictionary (Rajamanoharan et al. 2024, arXiv 2404.16014) as the JumpReLU that it is equal to.
+
+    With p = (x − b_dec) W_enc, a feature is ReLU(e^r p + b_mag) where p + b_gate > 0: where e^r p + b_mag is above
+    b_mag − e^r b_gate.
+    """
+    for name, vector in {"b_gate": b_gate, "b_mag": b_mag, "r_mag": r_mag}.items():
+        if vector.shape != W_enc.shape[1:]:
+            expected = tuple(W_enc.shape[1:])
+            raise ConfigError(f"tensor {name!r} has shape {tuple(vector.shape)}; expected {expected}")
+    gain = r_mag.exp()
+    return {
+        "W_enc": W_enc * gain,
+        "W_dec": W_dec,
+        "b_enc": b_mag,
+        "b_dec": b_dec,
+        "threshold": b_mag - gain * b_gate,
+    }
 
 
 def _scaled(dictionary: SparseDictionary) -> SparseDictionary:

@@ -46,7 +46,7 @@ class Activation(StrEnum):
 
 def features(
     model: ModelOption,
-    dictionary: Annotated[Path, typer.Option("--dictionary", "-d", help="A directory of SAELens, or safetensors.")],
+    dictionary: Annotated[Path, typer.Option("--dictionary", "-d", help="A directory, safetensors or params.npz.")],
     task: TaskOption,
     method: Annotated[Method, typer.Option(help="exact patching, or its estimate by gradient.")] = Method.exact,
     chosen: Annotated[

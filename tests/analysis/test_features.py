@@ -10,6 +10,8 @@ import torch
 from dictionary_cases import ACTIVATIONS, PLACES, plain_encode, random_dictionary
 from patching_cases import CONFIGS, random_model, random_prompts, random_sequence_task, relative_error
 from subcircuit.analysis.features import feature_scores, firing_tokens
+from subcircuit.analysis.gradients import gradient_scores
+from subcircuit.analysis.screen import screen
 from subcircuit.analysis.sweep import sweep
 from subcircuit.analysis.tasks import Task
 from subcircuit.engine.errors import HookError, PatchError
@@ -84,6 +86,34 @@ def test_attribution_is_the_slope_of_the_metric_along_the_patch(model, task, act
         assert len(expected) == 2 * (9 if positions == "each" else 1)
         assert relative_error(scores.effects, torch.stack(expected)) < 1e-6, letter
         assert scores.settings["method"] == "attribution"
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("source", ["corrupted", "mean"])
+def test_gradient_scores_of_all_dictionaries_at_once_are_attribution_to_each(model, task, activation, source):
+    at = {letter: random_dictionary(hook, model.config, SEED, activation) for letter, hook in PLACES.items()}
+    spliced, options = model.with_dictionaries(*at.values()), {"source": source, "positions": (2, -1)}
+    sites = [f"{letter}1.f{feature}" for letter in PLACES for feature in range(40)]
+    scores = gradient_scores(spliced, task, ["a2.h1", *sites], precision="fp64", **options)
+    for letter, dictionary in at.items():
+        each = feature_scores(model, task, dictionary, range(40), method="attribution", **options)
+        first = 1 + sites.index(f"{letter}1.f0")
+        assert relative_error(scores.effects[first : first + 40], each.effects) < 1e-10
+    plain = gradient_scores(model, task, ["a2.h1"], precision="fp64", **options)
+    assert relative_error(scores.effects[:1], plain.effects) < 1e-10
+    steps = gradient_scores(spliced, task, sites, method="ig", steps=1, precision="fp64", **options)
+    assert relative_error(steps.effects, scores.effects[1:]) < 1e-10
+    with pytest.raises(PatchError, match=r"'atp\*' knows no features"):
+        gradient_scores(spliced, task, sites, method="atp*")
+
+
+def test_screened_features_have_the_effects_that_a_sweep_gives_them(model, task):
+    spliced = model.with_dictionaries(*(random_dictionary(hook, model.config, SEED) for hook in PLACES.values()))
+    sites = [f"{letter}1.f{feature}" for letter in PLACES for feature in range(40)]
+    exact = sweep(spliced, task, sites, precision="fp64")
+    found = screen(spliced, task, sites, k=10, precision="fp64").scores
+    assert len(found.sites) >= 10
+    assert relative_error(found.effects, torch.stack([exact.of(site) for site in found.sites])) < 1e-10
 
 
 def test_attribution_nears_the_exact_effect_of_a_small_change(model, task):
