@@ -26,6 +26,7 @@ from subcircuit.analysis.drawing import (
     task_colour,
     words,
 )
+from subcircuit.analysis.plural import counted
 from subcircuit.engine.patching import Component
 from subcircuit.engine.patching.graph import INPUT, LOGITS, Edge
 
@@ -137,7 +138,8 @@ def overlay_diagram(circuits: Mapping[str, Circuit], title: str, group_size: int
 
 
 def _counted(circuit: Circuit) -> str:
-    return f"{len(circuit.heads)} heads, {len(circuit.mlps)} MLPs, {len(circuit.edges)} edges"
+    parts = {"head": circuit.heads, "MLP": circuit.mlps, "edge": circuit.edges}
+    return ", ".join(counted(len(part), noun) for noun, part in parts.items())
 
 
 def _laid_out(circuit: Circuit, layout: _Layout, title: str, below: float) -> tuple[Figure, Axes]:

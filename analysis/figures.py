@@ -39,6 +39,7 @@ from subcircuit.analysis.drawing import (
     words,
 )
 from subcircuit.analysis.overlap import Overlap
+from subcircuit.analysis.plural import counted
 
 DEEP = 16
 """From so many layers on a model is drawn on its side."""
@@ -343,8 +344,8 @@ def _bands(axes: Axes, n_layers: int, n_heads: int, deep: bool) -> None:
 
 def _legend_text(task: str, circuit: Circuit) -> str:
     kept = f", {circuit.score:.0f} % of the logit difference" if circuit.score is not None else ""
-    heads, mlps = _count(len(circuit.heads), "head"), _count(len(circuit.mlps), "MLP")
-    features = f", {_count(len(circuit.features), 'feature')} (not drawn)" if circuit.features else ""
+    heads, mlps = counted(len(circuit.heads), "head"), counted(len(circuit.mlps), "MLP")
+    features = f", {counted(len(circuit.features), 'feature')} (not drawn)" if circuit.features else ""
     return f"{words(task)}: {heads} and {mlps}{features}{kept}"
 
 
@@ -353,14 +354,10 @@ def _shared_text(
 ) -> tuple[list[str], str]:
     columns = [column for (_, column), tasks in nodes.items() if len(tasks) == len(circuits)]
     n_mlps = columns.count(n_heads)
-    text = f"in every circuit: {_count(len(columns) - n_mlps, 'head')} and {_count(n_mlps, 'MLP')}"
+    text = f"in every circuit: {counted(len(columns) - n_mlps, 'head')} and {counted(n_mlps, 'MLP')}"
     if any(circuit.features for circuit in circuits.values()):
-        text += f", {_count(len(intersection(list(circuits.values())).features), 'feature')}"
+        text += f", {counted(len(intersection(list(circuits.values())).features), 'feature')}"
     return [task_colour(i) for i in range(len(circuits))], text
-
-
-def _count(n: int, noun: str) -> str:
-    return f"{n} {noun}{'' if n == 1 else 's'}"
 
 
 def _short(value: float) -> str:

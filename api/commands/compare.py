@@ -167,10 +167,8 @@ def _scored(
 ) -> Scored:
     from subcircuit.analysis.evaluation import circuits_scored
 
-    if len(circuits) > 1:
-        together = list(circuits.values())
-        circuits = circuits | {"shared by all": sc.intersection(together), "union": sc.union(together)}
     with_edges = {name: circuit for name, circuit in circuits.items() if circuit.edges}
+    circuits, with_edges = _with_combined(circuits), _with_combined(with_edges)
     scored: Scored = {}
     for name in tasks:
         prompts = build(name, model)
@@ -180,6 +178,14 @@ def _scored(
             by_edges = sc.EdgeAblation(model, prompts, source=source)
             scored[f"{label}, by edges"] = circuits_scored(by_edges, with_edges, seed=seed)
     return scored
+
+
+def _with_combined(circuits: dict[str, sc.Circuit]) -> dict[str, sc.Circuit]:
+    """Several circuits, what all of them have, and what any of them has."""
+    together = list(circuits.values())
+    if len(together) < 2:
+        return circuits
+    return circuits | {"shared by all": sc.intersection(together), "union": sc.union(together)}
 
 
 def _figure(comparison: Comparison, owner: dict[str, HookedTransformer], candidates: Candidates) -> str:

@@ -88,7 +88,7 @@ def test_the_overlay_shows_whose_nodes_and_edges_are(config):
     few = replace(whole, edges=whole.edges[:5], mlps=[0])
     svg = overlay_diagram({"months": whole, "number_words": few}, "both", config.group_size, n_edges=10**6)
     ElementTree.fromstring(svg)
-    assert "number words: 4 heads, 1 MLPs, 5 edges" in svg
+    assert "number words: 4 heads, 1 MLP, 5 edges" in svg
     assert f"in every circuit: 5 edges; of {len(whole.edges)} in any, {len(whole.edges)} are drawn" in svg
     colours = [colour for colour, _, _ in lines(svg)]
     n_curves = {
