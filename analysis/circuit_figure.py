@@ -138,8 +138,8 @@ def overlay_diagram(circuits: Mapping[str, Circuit], title: str, group_size: int
 
 
 def _counted(circuit: Circuit) -> str:
-    parts = {"head": circuit.heads, "MLP": circuit.mlps, "edge": circuit.edges}
-    return ", ".join(counted(len(part), noun) for noun, part in parts.items())
+    sizes = {"head": len(circuit.heads), "MLP": len(circuit.mlps), "edge": len(circuit.edges)}
+    return ", ".join(counted(n, noun) for noun, n in sizes.items())
 
 
 def _laid_out(circuit: Circuit, layout: _Layout, title: str, below: float) -> tuple[Figure, Axes]:
