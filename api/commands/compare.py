@@ -64,6 +64,9 @@ def compare(
         Path | None,
         typer.Option(help="Write the overlap of heads, or with --dictionary of all nodes, to this SVG file."),
     ] = None,
+    overlay: Annotated[
+        Path | None, typer.Option(help="Draw the circuits and their edges in one diagram, to this SVG file.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Say what saved circuits share. Beside what circuits of their sizes share by chance."""
@@ -71,6 +74,7 @@ def compare(
     from subcircuit.engine.threads import suitable_threads
 
     check_suffix(figure, ".svg")
+    check_suffix(overlay, ".svg")
     saved = load_circuits(files)
     circuits = _named(saved, files)
     owner = _owners(circuits, model, dictionaries, hooks, dtype, device)
@@ -90,6 +94,8 @@ def compare(
             scored |= _scored(each, own, task or [], build, source, seed, len(groups) > 1)
     if figure is not None:
         write_text(figure, _figure(comparison, owner, candidates), silent=as_json)
+    if overlay is not None:
+        write_text(overlay, _overlay(comparison, owner), silent=as_json)
     if as_json:
         print(json.dumps(comparison.to_dict() | {"scored": scored}))
     else:
@@ -188,14 +194,26 @@ def _with_combined(circuits: dict[str, sc.Circuit]) -> dict[str, sc.Circuit]:
     return circuits | {"shared by all": sc.intersection(together), "union": sc.union(together)}
 
 
+def _only_config(owner: dict[str, HookedTransformer], option: str) -> ModelConfig:
+    """Of the one model that all circuits are of."""
+    configs = {model.config for model in owner.values()}
+    if len(configs) > 1:
+        raise typer.BadParameter(f"{option} shows circuits of one model; these are of several")
+    return configs.pop()
+
+
+def _overlay(comparison: Comparison, owner: dict[str, HookedTransformer]) -> str:
+    from subcircuit.analysis.circuit_figure import overlay_diagram
+
+    config = _only_config(owner, "--overlay")
+    return overlay_diagram(comparison.circuits, f"circuits in {config.name}", config.group_size)
+
+
 def _figure(comparison: Comparison, owner: dict[str, HookedTransformer], candidates: Candidates) -> str:
     from subcircuit.analysis.figures import overlap_figure
     from subcircuit.analysis.overlap import overlap_matrix
 
-    configs = {owner[name].config for name in comparison.circuits}
-    if len(configs) > 1:
-        raise typer.BadParameter("--figure shows circuits of one model; these are of several")
-    config = configs.pop()
+    config = _only_config(owner, "--figure")
     kind, what = ("nodes", "Nodes") if config in candidates else ("heads", "Heads")
     circuits = comparison.circuits
     matrix = overlap_matrix(list(circuits.values()), config, kind, candidates.get(config))  # type: ignore[arg-type]

@@ -58,8 +58,10 @@ def test_faithfulness_judges_edges_where_there_are_any(run, pruned, tmp_path):
 def test_compare_scores_edges_beside_nodes(run, pruned, tmp_path):
     other = tmp_path / "other.json"
     assert run("discover", *TINY, "--edges", "--seed", 1, "--out", other, "--quiet")[0] == 0
-    status, out, _ = run("compare", pruned, other, "--task", "months", "--n", 4)
+    overlay = tmp_path / "overlay.svg"
+    status, out, _ = run("compare", pruned, other, "--task", "months", "--n", 4, "--overlay", overlay)
     assert status == 0
+    assert "in every circuit:" in overlay.read_text()
     assert "edges between shared nodes" in out
     found = json.loads(run("compare", pruned, other, "--task", "months", "--n", 4, "--json")[1])["scored"]
     assert set(found) == {"months", "months, by edges"}
