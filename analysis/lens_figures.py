@@ -10,9 +10,22 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from torch import Tensor
 
-from subcircuit.analysis.drawing import FAINT, INK, PALETTE, SOFT, STYLE, boxed, inches, interval_errors, svg_text
+from subcircuit.analysis.drawing import (
+    FAINT,
+    INK,
+    PALETTE,
+    SOFT,
+    STYLE,
+    boxed,
+    inches,
+    interval_errors,
+    svg_text,
+    task_colour,
+    words,
+)
 from subcircuit.analysis.head_figures import token_texts
 from subcircuit.analysis.lens import Lens
 
@@ -30,12 +43,7 @@ def lens_figure(read: Lens, title: str) -> str:
     x = torch.arange(n_stages) / 2
     with mpl.rc_context(STYLE):
         width = max(0.14 * n_stages, 3.6)
-        figure, upper = boxed(width, 3.4, title, 0.75, 0.25, 0.55)
-        box = upper.get_position()
-        upper.set_position((box.x0, box.y0 + 0.55 * box.height, box.width, 0.45 * box.height))
-        lower = figure.add_axes((box.x0, box.y0, box.width, 0.45 * box.height))
-        lower.spines[["top", "right", "left", "bottom"]].set_visible(False)
-        lower.tick_params(length=0)
+        figure, upper, lower = _two_plots(width, title)
         for values, colour, label in ((read.answer, ANSWER, "answer"), (read.rival, RIVAL, rival)):
             _band(upper, x, values[..., -1], colour, label, middle=values[..., -1].double().mean(1))
         for ranks, colour in ((read.answer_rank, ANSWER), (read.rival_rank, RIVAL)):
@@ -57,6 +65,39 @@ def lens_figure(read: Lens, title: str) -> str:
                 axes.axvline(half / 2, color=SOFT, linewidth=0.9, linestyle=":")
         upper.legend(frameon=False, fontsize=8, loc="upper left")
         return svg_text(figure)
+
+
+def lengths_figure(rows: Sequence[Mapping[str, Any]], title: str) -> str:
+    """Mean probability (above) of the next member, and how often it is the likeliest token (below), by how many members
+    are shown: rows of `ByLength.table`, a line per task with its 95 % intervals."""
+    tasks, longest = list(dict.fromkeys(row["task"] for row in rows)), max(row["members"] for row in rows)
+    with mpl.rc_context(STYLE):
+        figure, *plots = _two_plots(max(0.36 * longest, 3.6), title)
+        for axes, which, label in zip(plots, ("answer", "top1"), ("probability", "share top-1"), strict=True):
+            for i, task in enumerate(tasks):
+                own, colour = [row for row in rows if row["task"] == task], task_colour(i)
+                x, means = [row["members"] for row in own], [row[which] for row in own]
+                axes.plot(x, means, "-o", color=colour, markersize=3.5, linewidth=1.5, label=words(task))
+                low, high = interval_errors(means, [(row[f"{which}_low"], row[f"{which}_high"]) for row in own])
+                axes.fill_between(x, means - low, means + high, color=colour, alpha=0.15, linewidth=0)
+            axes.grid(axis="y", color=FAINT, linewidth=0.6)
+            axes.set_axisbelow(True)
+            axes.set(xlim=(0.7, longest + 0.3), ylim=(-0.03, 1.03), ylabel=label)
+            axes.set_xticks(range(1, longest + 1))
+        plots[0].legend(frameon=False, fontsize=8, loc="lower right")
+        plots[1].set_xlabel("members shown")
+        return svg_text(figure)
+
+
+def _two_plots(width: float, title: str) -> tuple[Figure, Axes, Axes]:
+    """A figure with a plot above another, of a width in inches."""
+    figure, upper = boxed(width, 3.4, title, 0.75, 0.25, 0.55)
+    box = upper.get_position()
+    upper.set_position((box.x0, box.y0 + 0.55 * box.height, box.width, 0.45 * box.height))
+    lower = figure.add_axes((box.x0, box.y0, box.width, 0.45 * box.height))
+    lower.spines[["top", "right", "left", "bottom"]].set_visible(False)
+    lower.tick_params(length=0)
+    return figure, upper, lower
 
 
 def _band(

@@ -9,7 +9,7 @@ with −1.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -79,15 +79,24 @@ def last_logits(logits: Logits) -> Float[Tensor, "prompt d_vocab"]:
     return last if last.dtype == torch.float64 else last.float()
 
 
-@torch.no_grad()
 def final_logits(
     model: Callable[[Tensor], Tensor], tokens: Int[Tensor, "prompt pos"]
 ) -> Float[Tensor, "prompt d_vocab"]:
-    """What a model says after each prompt, in float32 on the CPU. The first, run alone, tells how many fit together."""
+    """What a model says after each prompt, in float32 on the CPU."""
+    return logits_at(model, tokens, [-1])[:, 0]
+
+
+@torch.no_grad()
+def logits_at(
+    model: Callable[[Tensor], Tensor], tokens: Int[Tensor, "prompt pos"], positions: Sequence[int]
+) -> Float[Tensor, "prompt at d_vocab"]:
+    """What a model says at some positions, in float32 on the CPU. The first prompt, run alone, tells how many fit
+    together."""
     first = model(tokens[:1])
     n_rows = max(1, LOGIT_BYTES // (4 * first.numel()))
-    rest = [model(rows)[:, -1].float().cpu() for rows in tokens[1:].split(n_rows) if len(rows)]
-    return torch.cat([first[:, -1].float().cpu(), *rest])
+    at = list(positions)
+    rest = [model(rows)[:, at].float().cpu() for rows in tokens[1:].split(n_rows) if len(rows)]
+    return torch.cat([first[:, at].float().cpu(), *rest])
 
 
 def sum_at(values: Float[Tensor, "prompt d_vocab"], tokens: Tokens) -> Float[Tensor, " prompt"]:

@@ -22,10 +22,12 @@ from subcircuit.analysis.figures import curve_figure, matrix_figure
 from subcircuit.analysis.head_profile import head_profiles
 from subcircuit.analysis.heads import head_roles
 from subcircuit.analysis.judgement import judgement
+from subcircuit.analysis.lengths import by_length
 from subcircuit.analysis.lens import lens
 from subcircuit.analysis.sections import Cell, Progress, Section, Subject, Table
 from subcircuit.analysis.sensitivity import CHOICES, CONCLUSIONS, Outcome, Sensitivity, sensitivity
 from subcircuit.analysis.tasks import Task
+from subcircuit.analysis.tasks.sequences import RULES
 from subcircuit.analysis.transfer import prompts_of_kind, transfer
 from subcircuit.analysis.transfer_figures import transfer_figure
 from subcircuit.engine.model import HookedTransformer
@@ -134,9 +136,33 @@ def lens_stage(subject: Subject, progress: Progress) -> Section:
         "lens": lens_figures.lens_figure(read, f"{task}: the answer by layer"),
         "direct": lens_figures.attribution_figure(rows, f"{task}: what adds to the answer directly"),
     }
+    tables = [table]
+    lengths = _lengths(subject)
+    if lengths:
+        tables.append(
+            Table(
+                "Probability of the next member, and share of prompts in which it is the likeliest token, by how many "
+                "members are shown, with 95 % intervals over prompts.",
+                ("members", "p", "low", "high", "top-1", "low", "high"),
+                [[row["members"], *(row[name] for name in _LENGTH_COLUMNS)] for row in lengths],
+            )
+        )
+        figures["lengths"] = lens_figures.lengths_figure(lengths, f"{task}: the next member, by members shown")
     handovers = read.handovers().tolist() if subject.task.member_positions else None
     data = {"stages": read.table(), "takeover": takeover.tolist(), "handovers": handovers, "direct": rows}
-    return Section("By layer", tuple(sentences), (table,), figures, data)
+    data["lengths"] = lengths
+    return Section("By layer", tuple(sentences), tuple(tables), figures, data)
+
+
+def _lengths(subject: Subject) -> list[dict[str, Any]]:
+    """What a sequence's next member is given after each number of members; nothing of another task."""
+    task = subject.task
+    if task.name not in RULES:
+        return []
+    return by_length(subject.model, task.name, n=task.n, seed=subject.seed, template=task.template).table()
+
+
+_LENGTH_COLUMNS = ("answer", "answer_low", "answer_high", "top1", "top1_low", "top1_high")
 
 
 def sensitivity_stage(subject: Subject, progress: Progress) -> Section:

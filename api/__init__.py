@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from subcircuit.analysis.features import feature_scores, firing_tokens
     from subcircuit.analysis.gradients import gradient_scores
     from subcircuit.analysis.heads import HeadRoles, head_roles, shared_roles
+    from subcircuit.analysis.lengths import by_length
     from subcircuit.analysis.lens import Lens, lens
     from subcircuit.analysis.masks import learn_masks, mask_circuit
     from subcircuit.analysis.nodes import candidate_nodes, candidates_of
@@ -145,6 +146,7 @@ _HOMES = {
         "head_roles",
         "shared_roles",
     ),
+    "analysis.lengths": ("by_length",),
     "analysis.lens": (
         "Lens",
         "lens",
@@ -284,6 +286,7 @@ __all__ = [
     "acdc",
     "align_depths",
     "attribution",
+    "by_length",
     "candidate_nodes",
     "candidates_of",
     "cell_q_values",

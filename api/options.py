@@ -66,6 +66,9 @@ HooksOption = Annotated[
 NOption = Annotated[int, typer.Option("--n", "-n", min=1, help="Prompts per task.")]
 SeedOption = Annotated[int, typer.Option(help="Of the prompts, and of everything drawn at random.")]
 TemplateOption = Annotated[str, typer.Option(help="done, lost, born, bare, several joined by +, or all that fit.")]
+MembersOption = Annotated[
+    int | None, typer.Option(min=1, help="Members that a sequence shows before the next is asked for; 4 if left out.")
+]
 FilterOption = Annotated[bool, typer.Option("--filter", help="Only prompts that the model answers, as in the paper.")]
 SourceOption = Annotated[str, typer.Option(help="What a patch puts in place: corrupted, mean or zero.")]
 PrecisionOption = Annotated[Precision, typer.Option(help="Of the products of differences.")]

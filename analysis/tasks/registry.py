@@ -54,6 +54,7 @@ def task(
     template: str = "all",
     filter: bool = False,
     starts: Sequence[int] | None = None,
+    members: int | None = None,
 ) -> Task:
     """Build n prompt pairs of a task for a model's tokenizer.
 
@@ -72,10 +73,14 @@ def task(
         other can be built), and for `bare` the start values that pass.
     starts: start values of a sequence to use, counted from 1; all that the tokenizer allows, if not given. A small
         model may never get some of them right, and then no words pass from all.
+    members: how many members of a sequence a prompt shows before it asks for the next; four (of intervals, three) if
+        not given.
 
     Raises TaskError where the name, template or a start value is not known, the tokenizer has too few single-token
     members or words, or too few prompts pass the filter.
     """
+    if members is not None and (is_file_name(name) or name in FRAME_TASKS):
+        raise TaskError(f"task {name!r} shows no members of a sequence; expected one of {', '.join(RULES)}")
     if is_file_name(name):
         return _from_file(name, model_or_tokenizer, n, template, filter, starts)
     tokenizer, model = tokenizer_and_model(model_or_tokenizer)
@@ -84,7 +89,7 @@ def task(
     check_known(name)
     asked = _needed(name, model) if filter else None
     if name in RULES:
-        return sequence_task(name, tokenizer, asked, n, seed, template, starts)
+        return sequence_task(name, tokenizer, asked, n, seed, template, starts, members)
     if starts is not None:
         raise TaskError(f"task {name!r} has no start values; they belong to {', '.join(RULES)}")
     return frame_task(name, FRAME_TASKS[name], tokenizer, asked, n, seed, template)

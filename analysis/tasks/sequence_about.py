@@ -11,8 +11,9 @@ _CORRUPTED = (
     "member is neither the answer nor the wrong answer."
 )
 _NEXT = (
-    "Four {members} in order are shown, in a sentence each or bare; the next one is the answer, the last one shown the "
-    "wrong answer. The model has to see that there is a sequence and to count on from its newest member."
+    "Four {members} in order (or as many as are asked for) are shown, in a sentence each or bare; the next one is the "
+    "answer, the last one shown the wrong answer. The model has to see that there is a sequence and to count on from "
+    "its newest member."
 )
 _MEASURES = {
     **{name: _NEXT.format(members=name.replace("_", " ")) for name in SEQUENCES},

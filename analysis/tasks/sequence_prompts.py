@@ -19,6 +19,7 @@ from subcircuit.analysis.tasks.sequences import (
     layout_of,
     layouts_of,
     names_of,
+    rule_of,
     with_starts,
 )
 from subcircuit.analysis.tasks.values import Model, Task
@@ -37,9 +38,10 @@ def sequence_task(
     seed: int,
     template: str,
     starts: Sequence[int] | None,
+    members: int | None = None,
 ) -> Task:
     """n prompt pairs of a sequence; only those that `model` answers, if one is given. Raises TaskError as `task`."""
-    layouts = layouts_of(name, template, tokenizer)
+    layouts = layouts_of(name, template, tokenizer, members)
     if starts is not None:
         layouts = [with_starts(layout, starts) for layout in layouts]
     first_members = layouts[0].starts
@@ -129,7 +131,7 @@ def _filtered_together(layout: Layout) -> list[Layout]:
     if name is None:
         return []
     try:
-        other = layout_of(name, layout.template, layout.tokenizer)
+        other = layout_of(name, layout.template, layout.tokenizer, rule_of(name, layout.rule.n_shown))
     except DoesNotFit:
         return []
     shared = tuple(start for start in other.starts if start in layout.starts)

@@ -13,6 +13,7 @@ import random
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 from subcircuit.analysis.tasks.fitting import DoesNotFit, largest, single_tokens
 from subcircuit.analysis.words import FIRST_NAMES, NOUNS
@@ -20,7 +21,7 @@ from subcircuit.engine.errors import TaskError
 from subcircuit.engine.tokenizer import Tokenizer
 
 N_MEMBERS = 4
-"""Members a prompt shows before it asks for the next, where the rule says nothing else."""
+"""Members a prompt shows before it asks for the next, where neither the rule nor the caller says otherwise."""
 
 SEQUENCES: dict[str, tuple[str, ...]] = {
     "numerals": tuple(str(number) for number in range(1, 13)),
@@ -54,16 +55,28 @@ class Rule:
         return *self.shown(start), self.answer(start), self.wrong(start)
 
 
-_FROM_ZERO = tuple(str(number) for number in range(100))
+_FROM_ZERO = tuple(str(number) for number in range(1000))
 RULES: dict[str, Rule] = {
     **{name: Rule(members) for name, members in SEQUENCES.items()},
+    "interval_1": Rule(_FROM_ZERO[:50], 1, n_shown=3),
     "interval_2": Rule(_FROM_ZERO[:50], 2, n_shown=3),
     "interval_3": Rule(_FROM_ZERO[:50], 3, n_shown=3),
-    "interval_10": Rule(_FROM_ZERO, 10, n_shown=3),
+    "interval_10": Rule(_FROM_ZERO[:100], 10, n_shown=3),
+    "interval_100": Rule(_FROM_ZERO, 100, n_shown=3),
     "decreasing_numerals": Rule(SEQUENCES["numerals"], -1),
     "repeated_numerals": Rule(SEQUENCES["numerals"], 0),
 }
 """Sequence tasks by name. Intervals show three members, so that +3 fits where only digits are single tokens."""
+
+
+def rule_of(name: str, members: int | None = None) -> Rule:
+    """The rule of a sequence task, with so many members shown in place of its own number. TaskError for none."""
+    if members is None:
+        return RULES[name]
+    if members < 1:
+        raise TaskError(f"task {name!r}: {members} members; expected at least one to be shown")
+    return replace(RULES[name], n_shown=members)
+
 
 FILTERED_TOGETHER = {"number_words": "months", "months": "number_words"}
 """Tasks whose filter wants the words to pass with the other task's members put in as well, as in the paper."""
@@ -151,8 +164,8 @@ class Layout:
         pool, n_total = list(self.members), len(self.rule.members)
         for _ in range(1000):
             drawn = rng.sample(pool, self.rule.n_shown)
-            step_before, step = drawn[-2] - drawn[-3], drawn[-1] - drawn[-2]
-            follows_rule = self.rule.step % n_total in (step % n_total, step_before % n_total) or step == step_before
+            steps = [after - before for before, after in pairwise(drawn)][-2:]
+            follows_rule = self.rule.step % n_total in [step % n_total for step in steps] or len({*steps}) < len(steps)
             newest_is_asked_for = drawn[-1] in (self.rule.wrong(start), self.rule.answer(start))
             if not (follows_rule or newest_is_asked_for) and drawn[0] in self.first_members:
                 return tuple(drawn)
@@ -184,8 +197,9 @@ class Layout:
         return ids, f"{text} " if self.spaced else text
 
 
-def layouts_of(name: str, template: str, tokenizer: Tokenizer) -> list[Layout]:
+def layouts_of(name: str, template: str, tokenizer: Tokenizer, members: int | None = None) -> list[Layout]:
     """The layouts to mix, all aligned with each other."""
+    rule = rule_of(name, members)
     names = MIXED if template == "all" else tuple(dict.fromkeys(template.split("+")))
     if not set(names) <= set(TEMPLATES):
         raise TaskError(f"task {name!r}: unknown template {template!r}; expected all, {', '.join(TEMPLATES)}")
@@ -193,11 +207,11 @@ def layouts_of(name: str, template: str, tokenizer: Tokenizer) -> list[Layout]:
     reasons: list[str] = []
     for each in names:
         try:
-            found.append(layout_of(name, TEMPLATES[each], tokenizer))
+            found.append(layout_of(name, TEMPLATES[each], tokenizer, rule))
         except DoesNotFit as reason:
             reasons.append(f"template {each!r} {reason}")
     if not found or (reasons and template != "all"):
-        raise TaskError(f"task {name!r}: {reasons[0]}; {_what_fits(name, tokenizer)}")
+        raise TaskError(f"task {name!r}: {reasons[0]}; {_what_fits(name, tokenizer, members)}")
     shapes = [(len(each.frame), each.word_positions, each.member_positions, each.starts) for each in found]
     most_common = Counter(shapes).most_common(1)[0][0]
     aligned = [each for each, shape in zip(found, shapes, strict=True) if shape == most_common]
@@ -248,8 +262,7 @@ def _in_steps(rule: Rule) -> str:
     return "in a row" if abs(rule.step) <= 1 else f"in steps of {rule.step}"
 
 
-def layout_of(name: str, template: Template, tokenizer: Tokenizer) -> Layout:
-    rule = RULES[name]
+def layout_of(name: str, template: Template, tokenizer: Tokenizer, rule: Rule) -> Layout:
     sequence = rule.members
     stem = f"It is {template.verb} in" if template.words else sequence[0]
     members = _members(rule, template, tokenizer, stem)
@@ -317,20 +330,20 @@ def _alternate(words: Sequence[str], members: Sequence[str]) -> list[str]:
     return [piece for pair in zip(words, members, strict=False) for piece in pair] + [words[-1]]
 
 
-def _what_fits(name: str, tokenizer: Tokenizer) -> str:
+def _what_fits(name: str, tokenizer: Tokenizer, members: int | None) -> str:
     """The end of an error: templates of this task that fit, or else other tasks that do."""
-    if fitting := _templates_that_fit(name, tokenizer):
+    if fitting := _templates_that_fit(name, tokenizer, members):
         return f"templates of this task that fit: {', '.join(fitting)}"
-    others = {other: _templates_that_fit(other, tokenizer) for other in SEQUENCES if other != name}
+    others = {other: _templates_that_fit(other, tokenizer, members) for other in SEQUENCES if other != name}
     listed = [f"{other} ({', '.join(templates)})" for other, templates in others.items() if templates]
     return f"no template of this task fits; tasks that do: {', '.join(listed) or 'none'}"
 
 
-def _templates_that_fit(name: str, tokenizer: Tokenizer) -> list[str]:
+def _templates_that_fit(name: str, tokenizer: Tokenizer, members: int | None) -> list[str]:
     fitting = []
     for template in TEMPLATES.values():
         try:
-            layout_of(name, template, tokenizer)
+            layout_of(name, template, tokenizer, rule_of(name, members))
         except DoesNotFit:
             continue
         fitting.append(template.name)

@@ -19,6 +19,7 @@ from subcircuit.options import (
     FilterOption,
     HooksOption,
     JsonOption,
+    MembersOption,
     Metric,
     ModelOption,
     NOption,
@@ -47,6 +48,7 @@ def discover(
     n: NOption = 32,
     seed: SeedOption = 0,
     template: TemplateOption = "all",
+    members: MembersOption = None,
     only_answered: FilterOption = False,
     threshold: Annotated[
         float | None,
@@ -150,7 +152,7 @@ def discover(
         flag = "--edge-threshold" if "threshold" in of_edges else _flag(next(iter(of_edges)))
         raise typer.BadParameter(f"{flag} is of edges that are pruned; expected --edges with it")
     loaded = with_dictionaries(sc.load(model, dtype=dtype, device=device), dictionaries, hooks)
-    prompts = sc.task(task, loaded, n=n, seed=seed, template=template, filter=only_answered)
+    prompts = sc.task(task, loaded, n=n, seed=seed, template=template, members=members, filter=only_answered)
     with progress_bars(quiet) as progress, suitable_threads(loaded):
         circuit = sc.discover(
             loaded,

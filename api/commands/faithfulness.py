@@ -20,6 +20,7 @@ from subcircuit.options import (
     FilterOption,
     HooksOption,
     JsonOption,
+    MembersOption,
     Metric,
     MetricOption,
     ModelOption,
@@ -53,6 +54,7 @@ def faithfulness(
     n: NOption = 32,
     seed: SeedOption = 0,
     template: TemplateOption = "all",
+    members: MembersOption = None,
     only_answered: FilterOption = False,
     source: SourceOption = "mean",
     metric: MetricOption = Metric.logit_difference,
@@ -93,7 +95,7 @@ def faithfulness(
     saved = load_circuits([] if circuit_file is None else [circuit_file])
     loaded = with_dictionaries(sc.load(model, dtype=dtype, device=device), dictionaries, hooks)
     warn_of_other_model(saved, loaded)
-    prompts = sc.task(task, loaded, n=n, seed=seed, template=template, filter=only_answered)
+    prompts = sc.task(task, loaded, n=n, seed=seed, template=template, members=members, filter=only_answered)
     with progress_bars(quiet) as progress, suitable_threads(loaded):
         circuit = saved.get(circuit_file) if circuit_file else None
         if circuit is None:

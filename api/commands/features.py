@@ -19,6 +19,7 @@ from subcircuit.options import (
     Executor,
     ExecutorOption,
     JsonOption,
+    MembersOption,
     Metric,
     MetricOption,
     ModelOption,
@@ -55,6 +56,7 @@ def features(
     n: NOption = 32,
     seed: SeedOption = 0,
     template: TemplateOption = "all",
+    members: MembersOption = None,
     source: SourceOption = "corrupted",
     metric: MetricOption = Metric.logit_difference,
     precision: PrecisionOption = Precision.fp32,
@@ -71,7 +73,7 @@ def features(
     indices = _indices(chosen)
     loaded = sc.load(model, dtype=dtype, device=device)
     read = sc.load_dictionary(dictionary, hook=hook, dtype=dtype, device=device)
-    prompts = sc.task(task, loaded, n=n, seed=seed, template=template)
+    prompts = sc.task(task, loaded, n=n, seed=seed, template=template, members=members)
     with progress_bars(quiet) as progress, suitable_threads(loaded):
         scores = sc.feature_scores(
             loaded,

@@ -17,6 +17,7 @@ from subcircuit.options import (
     DtypeOption,
     FilterOption,
     JsonOption,
+    MembersOption,
     ModelOption,
     NOption,
     QuietOption,
@@ -50,6 +51,7 @@ def heads(
     n: NOption = 32,
     seed: SeedOption = 0,
     template: TemplateOption = "all",
+    members: MembersOption = None,
     only_answered: FilterOption = False,
     top: Annotated[int, typer.Option(min=1, help="Heads with a role to print per task, without a circuit.")] = 20,
     figures: Annotated[Path | None, typer.Option("--out", "-o", help="Write figures (SVG) to this folder.")] = None,
@@ -68,7 +70,7 @@ def heads(
     warn_of_other_model(saved, loaded)
     circuits = list(saved.values())
     built = {
-        name: sc.task(name, loaded, n=n, seed=seed, template=template, filter=only_answered)
+        name: sc.task(name, loaded, n=n, seed=seed, template=template, members=members, filter=only_answered)
         for name in dict.fromkeys(names)
     }
     if not built:

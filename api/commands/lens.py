@@ -15,6 +15,7 @@ from subcircuit.options import (
     DtypeOption,
     FilterOption,
     JsonOption,
+    MembersOption,
     ModelOption,
     NOption,
     SeedOption,
@@ -40,6 +41,7 @@ def lens(
     n: NOption = 32,
     seed: SeedOption = 0,
     template: TemplateOption = "all",
+    members: MembersOption = None,
     only_answered: FilterOption = False,
     figures: Annotated[Path | None, typer.Option("--out", "-o", help="Write figures (SVG) to this folder.")] = None,
     dtype: DtypeOption = "float32",
@@ -53,7 +55,7 @@ def lens(
 
     where = positions_of(positions) or "last"
     loaded = sc.load(model, dtype=dtype, device=device)
-    prompts = sc.task(task, loaded, n=n, seed=seed, template=template, filter=only_answered)
+    prompts = sc.task(task, loaded, n=n, seed=seed, template=template, members=members, filter=only_answered)
     with suitable_threads(loaded):
         read = read_lens(loaded, prompts, positions=where, top=top)  # type: ignore[arg-type]
         terms = attribution(loaded, prompts, seed=seed)

@@ -18,6 +18,7 @@ from subcircuit.options import (
     FilterOption,
     HooksOption,
     JsonOption,
+    MembersOption,
     ModelOption,
     NOption,
     QuietOption,
@@ -43,6 +44,7 @@ def sensitivity(
     seed: SeedOption = 0,
     n_seeds: Annotated[int, typer.Option("--seeds", min=1, help="Draws of prompts: this seed and the next ones.")] = 2,
     template: TemplateOption = "all",
+    members: MembersOption = None,
     only_answered: FilterOption = False,
     sources: Annotated[str, typer.Option(help="What ablated nodes get, joined by commas.")] = "mean,corrupted,zero",
     metrics: Annotated[
@@ -66,7 +68,7 @@ def sensitivity(
     loaded = with_dictionaries(sc.load(model, dtype=dtype, device=device), dictionaries, hooks)
     warn_of_other_model(saved, loaded)
     draws = {
-        f"seed {each}": sc.task(task, loaded, n=n, seed=each, template=template, filter=only_answered)
+        f"seed {each}": sc.task(task, loaded, n=n, seed=each, template=template, members=members, filter=only_answered)
         for each in range(seed, seed + n_seeds)
     }
     with progress_bars(quiet) as progress, suitable_threads(loaded):

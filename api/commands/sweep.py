@@ -22,6 +22,7 @@ from subcircuit.options import (
     ExecutorOption,
     FilterOption,
     JsonOption,
+    MembersOption,
     Metric,
     MetricOption,
     ModelOption,
@@ -55,6 +56,7 @@ def sweep(
     n: NOption = 32,
     seed: SeedOption = 0,
     template: TemplateOption = "all",
+    members: MembersOption = None,
     only_answered: FilterOption = False,
     source: SourceOption = "corrupted",
     metric: MetricOption = Metric.logit_difference,
@@ -99,7 +101,7 @@ def sweep(
             f"{folder}: a run directory holds an exact sweep of all sites; expected --out NAME.csv"
         )
     loaded = sc.load(model, dtype=dtype, device=device)
-    prompts = sc.task(task, loaded, n=n, seed=seed, template=template, filter=only_answered)
+    prompts = sc.task(task, loaded, n=n, seed=seed, template=template, members=members, filter=only_answered)
     options: dict[str, Any] = {
         "source": source,
         "positions": positions_of(positions),

@@ -14,12 +14,16 @@ from subcircuit.analysis.tasks import Task, task
 from subcircuit.engine.errors import TaskError
 from task_tokenizers import NAMES, tokenizer_of
 
-STEPS = {"interval_2": 2, "interval_3": 3, "interval_10": 10, "decreasing_numerals": -1, "repeated_numerals": 0}
+STEPS = {f"interval_{step}": step for step in (1, 2, 3, 10, 100)} | {"decreasing_numerals": -1, "repeated_numerals": 0}
 CANNOT = {
     ("tiny-gpt2", "interval_10"): "needs 4 members in steps of 10",
     ("smollm2-135m", "interval_10"): r"needs 4 members in steps of 10 .* has only: 0, 1, 2, 3, 4, 5, 6, 7, 8, 9;",
     ("llama2", "interval_10"): "needs 4 members in steps of 10",
     ("stories260k", "interval_10"): "needs 4 members in steps of 10",
+    ("tiny-gpt2", "interval_100"): "needs 4 members in steps of 100",
+    ("smollm2-135m", "interval_100"): "needs 4 members in steps of 100 .* has only: 0, 1, 2, 3, 4, 5, 6, 7, 8, 9;",
+    ("llama2", "interval_100"): "needs 4 members in steps of 100",
+    ("stories260k", "interval_100"): "needs 4 members in steps of 100",
 }
 
 

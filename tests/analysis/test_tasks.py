@@ -88,12 +88,12 @@ class Counting:
         return logits
 
 
-def members_of(prompt: str) -> tuple[str, list[int]]:
+def members_of(prompt: str, n: int = 4) -> tuple[str, list[int]]:
     """Which sequence a prompt shows, and the indices of its members, read from the text alone."""
     words = prompt.replace(".", " ").split()
     for name, sequence in SEQUENCES.items():
         shown = [sequence.index(word) for word in words if word in sequence]
-        if len(shown) == 4:
+        if len(shown) == n:
             return name, shown
     raise AssertionError(f"no sequence in {prompt!r}")
 
@@ -335,6 +335,33 @@ def test_corrupted_prompts_do_not_lead_to_the_clean_answer(name: str, template: 
         assert all(step % n_total != 1 for step in steps[-2:])
         assert steps[-1] != steps[-2]
     assert (made.clean != made.corrupted).any(1).all()
+
+
+@pytest.mark.parametrize("name", SEQUENCES)
+@pytest.mark.parametrize("members", [1, 2, 3, 6])
+def test_as_many_members_are_shown_as_asked_for(name: str, members: int) -> None:
+    made = task(name, GreedyTokenizer(COMPLETE), n=60, seed=5, members=members)
+    n_total = len(SEQUENCES[name])
+    assert len(made.member_positions) == members
+    assert set(made.starts) == set(range(1, n_total - members + 1))
+    for clean, corrupted, start in zip(made.prompts, made.corrupted_prompts, made.starts, strict=True):
+        assert members_of(clean, members)[1] == list(range(start - 1, start - 1 + members))
+        shown, answer = members_of(corrupted, members)[1], start - 1 + members
+        assert len(set(shown)) == members
+        assert shown[-1] not in (answer - 1, answer)
+        steps = [second - first for first, second in itertools.pairwise(shown)][-2:]
+        assert all(step % n_total != 1 for step in steps)
+        assert len(set(steps)) == len(steps)
+
+
+def test_a_number_of_members_that_cannot_be_is_refused() -> None:
+    tokenizer = GreedyTokenizer(COMPLETE)
+    with pytest.raises(TaskError, match="task 'months': 0 members; expected at least one to be shown"):
+        task("months", tokenizer, members=0)
+    with pytest.raises(TaskError, match="template 'done' needs 13 members in a row"):
+        task("months", tokenizer, members=12)
+    with pytest.raises(TaskError, match="task 'ioi' shows no members of a sequence; expected one of numerals"):
+        task("ioi", tokenizer, members=3)
 
 
 def test_five_members_are_enough_for_corrupted_prompts() -> None:

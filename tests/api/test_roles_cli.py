@@ -61,6 +61,22 @@ def test_lens_says_where_the_answer_takes_over(run, tmp_path):
     assert len(values["handovers"]) == 4
 
 
+def test_lengths_say_how_sure_the_model_is_after_each_member(run, tmp_path):
+    arguments = ("lengths", *TINY, "--tasks", "months,weekdays", "--longest", 7)
+    status, out, _ = run(*arguments, "--out", tmp_path / "lengths.svg")
+    assert status == 0
+    row = r"^{} +{} +[01]\.\d+ +\[\d\.\d+, \d\.\d+\] +\d+% +\[\d+%, \d+%\]"
+    assert re.search(row.format("months", 1), out, re.MULTILINE)
+    assert len(re.findall(row.format("", r"\d"), out, re.MULTILINE)) == 6 + 5
+    assert "No more of task 'weekdays': template 'done' needs 8 members in a row" in out
+    assert (tmp_path / "lengths.svg").read_text().startswith("<svg")
+    status, out, _ = run(*arguments, "--json")
+    assert [row["members"] for row in json.loads(out)["rows"]] == [*range(1, 8), *range(1, 7)]
+    status, out, _ = run("lens", *TINY, "--task", "months", "--members", 2, "--positions", "each")
+    assert status == 0
+    assert out.count("First prompt, position") == 13
+
+
 def test_transfer_compares_a_circuit_with_random_heads(run, circuit_file, tmp_path):
     arguments = ("transfer", *TINY, "--circuit", circuit_file, "--kinds", "months,interval_2", "--random", 3)
     status, out, err = run(*arguments, "--out", tmp_path / "t.svg")
@@ -117,6 +133,9 @@ def test_a_vector_is_made_and_steers(run, tmp_path):
         (("heads", *TINY, "--task", "colours"), "'colours'"),
         (("heads", *TINY, "--task", "months", "--circuit", "nowhere.json"), "nowhere.json"),
         (("lens", *TINY, "--task", "months", "--positions", "30"), "position 30 is not there"),
+        (("lens", *TINY, "--task", "ioi", "--members", "3"), "task 'ioi' shows no members"),
+        (("lengths", *TINY, "--task", "ioi"), "task 'ioi' shows no members"),
+        (("lengths", *TINY, "--task", ","), "no task"),
         (("transfer", *TINY, "--kinds", "months"), "nothing to ablate"),
         (("transfer", *TINY, "--heads", "a9.h0"), "'a9.h0' does not exist"),
         (("transfer", *TINY, "--heads", "a0.h0", "--kinds", "sums"), "kind 'sums' is not known"),
