@@ -31,8 +31,9 @@ _MEASURES = {
 def sequence_about(name: str) -> About:
     """What the card of a sequence task says; KeyError for another task."""
     rule = RULES[name]
+    wants = "to count on, from any number" if rule.step == 1 else "to find the step; a circuit that adds one fails here"
     interval = (
         f"Three numerals in steps of {rule.step}; the next in the same steps is the answer, the last one shown the "
-        "wrong answer. The model has to find the step; a circuit that adds one fails here."
+        f"wrong answer. The model has {wants}."
     )
     return About(_MEASURES.get(name, interval), _CORRUPTED, _LAN)
