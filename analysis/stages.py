@@ -19,7 +19,8 @@ from subcircuit.analysis.edge_stages import edge_faithfulness_stage, edges_stage
 from subcircuit.analysis.evaluation import evaluate_circuit
 from subcircuit.analysis.faithfulness import Ablation
 from subcircuit.analysis.figures import curve_figure, matrix_figure
-from subcircuit.analysis.head_profile import head_profiles
+from subcircuit.analysis.head_lookups import LOOKUPS, head_lookups, lookup_tables
+from subcircuit.analysis.head_profile import head_profiles, mean_profile
 from subcircuit.analysis.heads import head_roles
 from subcircuit.analysis.judgement import judgement
 from subcircuit.analysis.lengths import by_length
@@ -79,17 +80,28 @@ def roles_stage(subject: Subject, progress: Progress) -> Section:
         )
     ]
     if profiles:
+        mean = mean_profile(found)
         tables.append(
             Table(
                 "Every head: attention from a member to the one before and from the last token to the newest member, "
-                "share of members whose copy or successor is among its top 5, what it adds to the logit difference.",
-                ("head", "to member before", "to newest", *profiles[0]["ov"], "direct"),
+                "share of members whose copy or successor is among its top 5, what it adds to the logit difference "
+                f"(95 % interval). Last the mean of the model's {mean['n_heads']} heads.",
+                ("head", "to member before", "to newest", *mean["ov"], "direct", "low", "high"),
                 [
-                    [row["head"], row["to_previous_member"], row["last_to_newest"], *row["ov"].values(), row["direct"]]
-                    for row in profiles
+                    [
+                        *(row[name] for name in ("head", "to_previous_member", "last_to_newest")),
+                        *row["ov"].values(),
+                        *(row[name] for name in ("direct", "direct_low", "direct_high")),
+                    ]
+                    for row in [*profiles, mean | {"head": "mean of all"}]
                 ],
             )
         )
+    lookups = head_lookups(subject.model, subject.task, heads, subject.seed)
+    tables += [
+        Table(f"Attention {what}, with 95 % intervals over prompts.", tuple(columns), [list(row) for row in rows])
+        for what, (columns, rows) in zip(LOOKUPS, lookup_tables(lookups), strict=False)
+    ]
     task = words(subject.task.name)
     figures = {
         "roles": head_figures.roles_figure({subject.task.name: found}, {subject.task.name: heads}, f"{task}: roles")
@@ -103,6 +115,7 @@ def roles_stage(subject: Subject, progress: Progress) -> Section:
             found.lookups.pattern[layer, head], tokens, title
         )
     data = {"heads": found.table(heads), "profiles": profiles, "untested": list(found.untested)}
+    data |= {"mean_of_all_heads": mean_profile(found), "lookups": lookups}
     return Section("What its heads do", tuple(sentences), tuple(tables), figures, data)
 
 
