@@ -27,8 +27,7 @@ from subcircuit.analysis.lengths import by_length
 from subcircuit.analysis.lens import lens
 from subcircuit.analysis.sections import Cell, Progress, Section, Subject, Table
 from subcircuit.analysis.sensitivity import CHOICES, CONCLUSIONS, Outcome, Sensitivity, sensitivity
-from subcircuit.analysis.tasks import Task
-from subcircuit.analysis.tasks.sequences import RULES
+from subcircuit.analysis.tasks import Task, transfer_kinds
 from subcircuit.analysis.transfer import prompts_of_kind, transfer
 from subcircuit.analysis.transfer_figures import transfer_figure
 from subcircuit.engine.model import HookedTransformer
@@ -43,7 +42,8 @@ N_SENSITIVITY_RANDOM, N_SENSITIVITY_RANDOM_OF_LARGE = 5, 3
 """Of a model that is not small, each random circuit costs as much as the drops of several nodes."""
 SENSITIVITY_SCOPES = ("all", "members", "last")
 """From the first difference on is all there is to corrupt, so that scope would say little more than `all`."""
-N_TRANSFER_PROMPTS = 8
+N_TRANSFER_PROMPTS, N_LISTS = 8, 3
+"""Prompts of each kind, and of lists of months, each of which goes on for up to eleven months."""
 N_TRANSFER_RANDOM = 10
 
 
@@ -170,7 +170,7 @@ def lens_stage(subject: Subject, progress: Progress) -> Section:
 def _lengths(subject: Subject) -> list[dict[str, Any]]:
     """What a sequence's next member is given after each number of members; nothing of another task."""
     task = subject.task
-    if task.name not in RULES:
+    if not task.starts:
         return []
     return by_length(subject.model, task.name, n=task.n, seed=subject.seed, template=task.template).table()
 
@@ -294,15 +294,18 @@ def transfer_stage(
     shared = intersection(list(named.values())) if len(named) > 1 else None
     if shared is not None and shared.heads:
         named["shared"] = shared
-    asked_for = {name: given[name] for name in circuits} | {kind: kind for kind in _TRANSFER_KINDS}
-    kinds = {name: prompts_of_kind(model, kind, N_TRANSFER_PROMPTS, seed) for name, kind in asked_for.items()}
+    asked_for = {name: given[name] for name in circuits} | {kind: kind for kind in transfer_kinds()}
+    n_of = {"month_lists": N_LISTS}
+    kinds = {
+        name: prompts_of_kind(model, kind, n_of.get(kind, N_TRANSFER_PROMPTS), seed) for name, kind in asked_for.items()
+    }
     found = transfer(model, named, kinds, n_random=N_TRANSFER_RANDOM, seed=seed, progress=progress)
     rows = found.table()
     asked = [row for row in rows if row["n_answered"]]
     silent = sorted({row["kind"] for row in rows if not row["n_answered"]})
     sentences = [
-        f"Heads are ablated to 0, and {N_TRANSFER_PROMPTS} prompts of each kind continued. Only those count that the "
-        "whole model continues rightly."
+        f"Heads are ablated to 0, and {N_TRANSFER_PROMPTS} prompts of each kind continued ({N_LISTS} of lists). Only "
+        "those count that the whole model continues rightly."
     ]
     if silent:
         sentences.append(f"It continues none of {', '.join(map(words, silent))}.")
@@ -318,10 +321,6 @@ def transfer_stage(
 _TRANSFER_COLUMNS = (
     *("circuit", "n_answered", "share", "share_low", "share_high"),
     *("random", "random_low", "random_high", "random_least", "p"),
-)
-_TRANSFER_KINDS = (
-    *("interval_1", "interval_2", "interval_3", "interval_10", "addition_1_digit", "subtraction_1_digit"),
-    *("spanish_number_words", "spanish_months", "month_problems", "date_problems"),
 )
 
 
