@@ -156,14 +156,20 @@ def attention_lookups(model: HookedTransformer, task: Task) -> AttentionLookups:
 def lookups_of(task: Task, pattern: Pattern) -> AttentionLookups:
     """The look-ups of a task in the mean pattern of its prompts."""
     classes = position_classes(task)
-    member_of = torch.zeros(len(classes), task.pos, dtype=torch.float64)
+    return AttentionLookups(task.name, classes, class_mass(pattern, classes), pattern)
+
+
+def class_mass(
+    pattern: Float[Tensor, "*any query key"], classes: Mapping[str, tuple[int, ...]]
+) -> Float[Tensor, "*any query_class key_class_or_itself"]:
+    """How much attention a position of each class gives to all others of each class, and to itself, on average."""
+    member_of = torch.zeros(len(classes), pattern.shape[-1], dtype=torch.float64)
     for row, positions in enumerate(classes.values()):
         member_of[row, list(positions)] = 1
     itself = pattern.diagonal(dim1=-2, dim2=-1)
     others = (pattern - torch.diag_embed(itself)) @ member_of.T
     whole = torch.cat((others, itself[..., None]), -1)
-    mass = torch.einsum("cq,lhqk->lhck", member_of / member_of.sum(1, keepdim=True), whole)
-    return AttentionLookups(task.name, classes, mass, pattern)
+    return member_of / member_of.sum(1, keepdim=True) @ whole
 
 
 def same_token_cells(tokens: Int[Tensor, "prompt pos"]) -> dict[str, Float[Tensor, "prompt query key"]]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Float
@@ -14,12 +16,19 @@ from torch import Tensor
 from subcircuit.analysis.ablation import Item, ItemAblation
 from subcircuit.analysis.circuit import Circuit
 from subcircuit.analysis.evaluation import Scale
-from subcircuit.analysis.statistics import benjamini_hochberg, empirical_p, sign_flip_p
+from subcircuit.analysis.plural import counted
+from subcircuit.analysis.statistics import benjamini_hochberg, empirical_p, sign_flip_p, smallest_p
 from subcircuit.analysis.sweep import Scores
 from subcircuit.engine.errors import PatchError
+from subcircuit.engine.model import HookedTransformer
+from subcircuit.engine.threads import is_small
 
 Match = Literal["size", "layers", "nodes"]
 ROWS_AT_ONCE = 64
+N_RANDOM_OF_SMALL, N_RANDOM_EDGES_OF_SMALL = 1000, 200
+"""Random circuits of a small model where no number is given: about 10 s of a core for 32 prompts, or for 8 of edges."""
+CALLED = 0.05
+"""False discovery rate at which a site is said to have an effect."""
 
 
 @dataclass(frozen=True)
@@ -121,6 +130,14 @@ def _evaluated(
     return values
 
 
+def suitable_n_random(model: HookedTransformer, otherwise: int, *, of_edges: bool = False) -> int:
+    """How many random circuits to draw where no number is given: a thousand of a small model (200 of edges), or
+    `otherwise`."""
+    if not is_small(model):
+        return otherwise
+    return N_RANDOM_EDGES_OF_SMALL if of_edges else N_RANDOM_OF_SMALL
+
+
 def cell_q_values(scores: Scores, *, seed: int = 0) -> Float[Tensor, " site"]:
     """q-value of every site of a sweep: sign-flip tests over prompts, corrected for how many sites there are.
 
@@ -130,3 +147,28 @@ def cell_q_values(scores: Scores, *, seed: int = 0) -> Float[Tensor, " site"]:
     if scores.metric == "kl":
         return torch.full((len(scores.sites),), float("nan"), dtype=torch.float64)
     return benjamini_hochberg(sign_flip_p(scores.effects, seed=seed))
+
+
+def table_with_q(scores: Scores, *, seed: int = 0) -> list[dict[str, Any]]:
+    """`Scores.table` with the q-value of each site (`cell_q_values`); None for `kl`.
+
+    Of all sites that were asked: of those that a screening chose for their size, q would be too small.
+    """
+    q_values = cell_q_values(scores, seed=seed).tolist()
+    return [row | {"q": None if math.isnan(q) else q} for row, q in zip(scores.table(), q_values, strict=True)]
+
+
+def called(rows: Sequence[Mapping[str, Any]], n_prompts: int) -> str:
+    """How many rows of a table have an effect by their q-values; or that so few prompts cannot tell, of any site or of
+    few of them."""
+    prompts = counted(n_prompts, "prompt")
+    least = smallest_p(n_prompts)
+    if least > CALLED:
+        needed = next(n for n in itertools.count(n_prompts) if smallest_p(n) <= CALLED)
+        return f"With {prompts} no q-value can reach {CALLED}; at least {needed} prompts are needed"
+    n_called = sum(row["q"] <= CALLED for row in rows)
+    said = f"{n_called} of {len(rows)} sites have an effect, at a false discovery rate of {CALLED:.0%} (q)"
+    n_together = math.ceil(least * len(rows) / CALLED)
+    if n_called == 0 and n_together > 1:
+        said += f"; with {prompts} that takes at least {n_together} sites at once"
+    return said

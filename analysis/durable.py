@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from subcircuit.analysis.baselines import table_with_q
 from subcircuit.analysis.records import (
     csv_text,
     describe,
@@ -228,7 +229,7 @@ def _finish(directory: RunDirectory, file: str) -> Scores:
     """The sweep from its file, with all that a finished run has beside it."""
     scores = read_scores(directory, file)
     labels = {"model": scores.settings["model"], "task": scores.settings["task"]}
-    directory.write_text("scores.csv", csv_text([labels | row for row in scores.table()]))
+    directory.write_text("scores.csv", csv_text([labels | row for row in table_with_q(scores)]))
     directory.delete_folder(BLOCKS)
     if "finished" not in directory.run:
         directory.update_run(finished=now(), peak_memory_bytes=peak_memory_bytes())

@@ -81,7 +81,7 @@ def edge_faithfulness_stage(subject: Subject, progress: Progress) -> Section:
         seed=subject.seed,
     )
     progress(1, 3)
-    baseline = random_baseline(ablation, circuit, subject.n_random, match="nodes", seed=subject.seed)
+    baseline = random_baseline(ablation, circuit, subject.n_random_edges, match="nodes", seed=subject.seed)
     progress(2, 3)
     gradients = edge_scores(subject.model, task, "eap-ig", source=circuit.settings["edges"]["source"])
     ranking = [edge for edge, _ in gradients.top(gradients.n_edges)]

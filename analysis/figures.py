@@ -259,7 +259,8 @@ def trace_figure(trace: Sequence[TraceStep], title: str, threshold: float | None
 
 
 def random_figure(scores: Mapping[str, float], baselines: Mapping[str, Sequence[float]], title: str) -> str:
-    """Each task's circuit (diamond) beside random circuits of the same size (dots)."""
+    """Each task's circuit (diamond) beside random circuits of the same size: all of them on a thin line, the middle
+    95 % on a thick one, their mean a dot."""
     names = [stacked(task) for task in scores]
     with mpl.rc_context(STYLE):
         figure, axes = boxed(3.7, 0.46 * len(scores), title, 0.25 + inches(names), 0.4, 0.55)
@@ -267,12 +268,16 @@ def random_figure(scores: Mapping[str, float], baselines: Mapping[str, Sequence[
         axes.axvline(100, color=FAINT, linewidth=1, zorder=0)
         for row, (task, score) in enumerate(scores.items()):
             values = [value for value in baselines.get(task, ()) if math.isfinite(value)]
-            axes.plot(values, [row] * len(values), "o", color="#8a90a0", alpha=0.5, markersize=5, markeredgewidth=0)
+            if values:
+                middle = np.quantile(values, [0.025, 0.975])
+                for ends, width in (((min(values), max(values)), 1), (middle, 5)):
+                    axes.plot(ends, [row, row], color="#8a90a0", linewidth=width, solid_capstyle="butt")
+                axes.plot([np.mean(values)], [row], "o", color="white", markeredgecolor="#8a90a0", markersize=5)
             axes.plot([score], [row], "D", color=task_colour(row), markersize=8)
             axes.annotate(f"{score:.0f}", (score, row), (9, 0), textcoords="offset points", va="center")
         axes.set_yticks(range(len(scores)), names)
         axes.set_ylim(len(scores) - 0.5, -0.5)
-        axes.set_xlabel("score (diamond: the circuit found; dots: random ones)")
+        axes.set_xlabel("score (diamond: the circuit found; lines: random ones, thick where 95 % lie)")
         return svg_text(figure)
 
 

@@ -50,6 +50,11 @@ class OVScores:
         """
         return _share(self._hit(top, suppressed), self._pairs(shift))
 
+    def hits_by_prompt(self, shift: int, top: int = 5) -> Float[Tensor, "layer head prompt"]:
+        """`hits` of each prompt, whose mean is theirs: all prompts have as many tokens in their chains."""
+        pairs = self._pairs(shift)
+        return (self._hit(top, False) & pairs).sum((-1, -2)).double() / pairs[0].sum()
+
     def _hit(self, top: int, suppressed: bool) -> Bool[Tensor, "layer head prompt source target"]:
         return self.ranks >= self.d_vocab - top if suppressed else self.ranks < top
 

@@ -6,9 +6,9 @@ import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from statistics import mean
 from typing import Any
 
+import torch
 from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
 
@@ -18,6 +18,7 @@ from subcircuit.analysis.depth import role_depths
 from subcircuit.analysis.drawing import task_colour, words
 from subcircuit.analysis.overlap import Overlap
 from subcircuit.analysis.stages import TASK_STAGES
+from subcircuit.analysis.statistics import empirical_p
 from subcircuit.analysis.store import RunDirectory
 
 
@@ -145,9 +146,22 @@ def _task_values(index: int, name: str, circuit: Circuit, result: Mapping[str, A
             ((node, drop, ends.get(node)) for node, drop in result.get("drops", {}).items()), key=lambda row: -row[1]
         ),
         "intervals": result.get("intervals", {}),
-        "n_random": len(baseline),
-        "random_mean": mean(baseline) if baseline else None,
-        "random_best": max(baseline) if baseline else None,
+        **_random_values(circuit.score, baseline),
+    }
+
+
+def _random_values(score: float | None, scores: list[float]) -> dict[str, Any]:
+    """What random circuits keep: mean, least, best, where 95 % lie, and p that one does as well as the circuit."""
+    if not scores:
+        return {"n_random": 0, **dict.fromkeys(("random_mean", "random_least", "random_best", "random_ends", "p"))}
+    found = torch.tensor(scores, dtype=torch.float64)
+    return {
+        "n_random": len(scores),
+        "random_mean": float(found.mean()),
+        "random_least": min(scores),
+        "random_best": max(scores),
+        "random_ends": found.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist(),
+        "p": None if score is None else empirical_p(score, found),
     }
 
 

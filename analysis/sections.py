@@ -60,6 +60,7 @@ class Subject:
     precision: Precision
     executor: Executor
     n_random: int
+    n_random_edges: int
     n_edge_prompts: int
     n_sensitivity_prompts: int
     repeated: Callable[[], Mapping[str, Measure]]

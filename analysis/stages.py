@@ -19,15 +19,15 @@ from subcircuit.analysis.edge_stages import edge_faithfulness_stage, edges_stage
 from subcircuit.analysis.evaluation import evaluate_circuit
 from subcircuit.analysis.faithfulness import Ablation
 from subcircuit.analysis.figures import curve_figure, matrix_figure
-from subcircuit.analysis.head_profile import head_profiles
+from subcircuit.analysis.head_lookups import LOOKUPS, head_lookups, lookup_tables
+from subcircuit.analysis.head_profile import head_profiles, mean_profile
 from subcircuit.analysis.heads import head_roles
 from subcircuit.analysis.judgement import judgement
 from subcircuit.analysis.lengths import by_length
 from subcircuit.analysis.lens import lens
 from subcircuit.analysis.sections import Cell, Progress, Section, Subject, Table
 from subcircuit.analysis.sensitivity import CHOICES, CONCLUSIONS, Outcome, Sensitivity, sensitivity
-from subcircuit.analysis.tasks import Task
-from subcircuit.analysis.tasks.sequences import RULES
+from subcircuit.analysis.tasks import Task, transfer_kinds
 from subcircuit.analysis.transfer import prompts_of_kind, transfer
 from subcircuit.analysis.transfer_figures import transfer_figure
 from subcircuit.engine.model import HookedTransformer
@@ -42,7 +42,8 @@ N_SENSITIVITY_RANDOM, N_SENSITIVITY_RANDOM_OF_LARGE = 5, 3
 """Of a model that is not small, each random circuit costs as much as the drops of several nodes."""
 SENSITIVITY_SCOPES = ("all", "members", "last")
 """From the first difference on is all there is to corrupt, so that scope would say little more than `all`."""
-N_TRANSFER_PROMPTS = 8
+N_TRANSFER_PROMPTS, N_LISTS = 8, 3
+"""Prompts of each kind, and of lists of months, each of which goes on for up to eleven months."""
 N_TRANSFER_RANDOM = 10
 
 
@@ -79,17 +80,28 @@ def roles_stage(subject: Subject, progress: Progress) -> Section:
         )
     ]
     if profiles:
+        mean = mean_profile(found)
         tables.append(
             Table(
                 "Every head: attention from a member to the one before and from the last token to the newest member, "
-                "share of members whose copy or successor is among its top 5, what it adds to the logit difference.",
-                ("head", "to member before", "to newest", *profiles[0]["ov"], "direct"),
+                "share of members whose copy or successor is among its top 5, what it adds to the logit difference "
+                f"(95 % interval). Last the mean of the model's {mean['n_heads']} heads.",
+                ("head", "to member before", "to newest", *mean["ov"], "direct", "low", "high"),
                 [
-                    [row["head"], row["to_previous_member"], row["last_to_newest"], *row["ov"].values(), row["direct"]]
-                    for row in profiles
+                    [
+                        *(row[name] for name in ("head", "to_previous_member", "last_to_newest")),
+                        *row["ov"].values(),
+                        *(row[name] for name in ("direct", "direct_low", "direct_high")),
+                    ]
+                    for row in [*profiles, mean | {"head": "mean of all"}]
                 ],
             )
         )
+    lookups = head_lookups(subject.model, subject.task, heads, subject.seed)
+    tables += [
+        Table(f"Attention {what}, with 95 % intervals over prompts.", tuple(columns), [list(row) for row in rows])
+        for what, (columns, rows) in zip(LOOKUPS, lookup_tables(lookups), strict=False)
+    ]
     task = words(subject.task.name)
     figures = {
         "roles": head_figures.roles_figure({subject.task.name: found}, {subject.task.name: heads}, f"{task}: roles")
@@ -103,6 +115,7 @@ def roles_stage(subject: Subject, progress: Progress) -> Section:
             found.lookups.pattern[layer, head], tokens, title
         )
     data = {"heads": found.table(heads), "profiles": profiles, "untested": list(found.untested)}
+    data |= {"mean_of_all_heads": mean_profile(found), "lookups": lookups}
     return Section("What its heads do", tuple(sentences), tuple(tables), figures, data)
 
 
@@ -157,7 +170,7 @@ def lens_stage(subject: Subject, progress: Progress) -> Section:
 def _lengths(subject: Subject) -> list[dict[str, Any]]:
     """What a sequence's next member is given after each number of members; nothing of another task."""
     task = subject.task
-    if task.name not in RULES:
+    if not task.starts:
         return []
     return by_length(subject.model, task.name, n=task.n, seed=subject.seed, template=task.template).table()
 
@@ -281,15 +294,18 @@ def transfer_stage(
     shared = intersection(list(named.values())) if len(named) > 1 else None
     if shared is not None and shared.heads:
         named["shared"] = shared
-    asked_for = {name: given[name] for name in circuits} | {kind: kind for kind in _TRANSFER_KINDS}
-    kinds = {name: prompts_of_kind(model, kind, N_TRANSFER_PROMPTS, seed) for name, kind in asked_for.items()}
+    asked_for = {name: given[name] for name in circuits} | {kind: kind for kind in transfer_kinds()}
+    n_of = {"month_lists": N_LISTS}
+    kinds = {
+        name: prompts_of_kind(model, kind, n_of.get(kind, N_TRANSFER_PROMPTS), seed) for name, kind in asked_for.items()
+    }
     found = transfer(model, named, kinds, n_random=N_TRANSFER_RANDOM, seed=seed, progress=progress)
     rows = found.table()
     asked = [row for row in rows if row["n_answered"]]
     silent = sorted({row["kind"] for row in rows if not row["n_answered"]})
     sentences = [
-        f"Heads are ablated to 0, and {N_TRANSFER_PROMPTS} prompts of each kind continued. Only those count that the "
-        "whole model continues rightly."
+        f"Heads are ablated to 0, and {N_TRANSFER_PROMPTS} prompts of each kind continued ({N_LISTS} of lists). Only "
+        "those count that the whole model continues rightly."
     ]
     if silent:
         sentences.append(f"It continues none of {', '.join(map(words, silent))}.")
@@ -305,10 +321,6 @@ def transfer_stage(
 _TRANSFER_COLUMNS = (
     *("circuit", "n_answered", "share", "share_low", "share_high"),
     *("random", "random_low", "random_high", "random_least", "p"),
-)
-_TRANSFER_KINDS = (
-    *("interval_1", "interval_2", "interval_3", "interval_10", "addition_1_digit", "subtraction_1_digit"),
-    *("spanish_number_words", "spanish_months", "month_problems", "date_problems"),
 )
 
 

@@ -10,7 +10,7 @@ from typing import Any, get_args
 
 import torch
 
-from subcircuit.analysis.baselines import random_baseline
+from subcircuit.analysis.baselines import called, random_baseline, suitable_n_random, table_with_q
 from subcircuit.analysis.circuit import Circuit, intersection, union
 from subcircuit.analysis.compare import cross_task_scores, jaccard_matrix
 from subcircuit.analysis.discover import discover, why_empty
@@ -50,6 +50,8 @@ Progress = Callable[[str, int, int], None]
 """Called with (what is being done, units done, units in all)."""
 
 N_EXAMPLES = 4
+N_RANDOM = 10
+"""Random circuits of a model that is not small, where no number is given."""
 N_TOP = 3
 """Tokens that an example shows of what the model expects."""
 
@@ -58,7 +60,8 @@ N_TOP = 3
 class StudySettings:
     """What a study depends on; a run is resumed only with the same ones.
 
-    `n_random` is how many random circuits are scored per task; None is 50 for a small model and 10 for another.
+    `n_random` is how many random circuits are scored per task; None is 1,000 for a small model (200 of edges) and
+    10 for another.
     `n_edge_prompts` is how many prompts edges are patched on. `n_sensitivity_prompts` is on how many a circuit is
     measured under every convention; None is all for a small model and 3 for another. `stages` are what is asked of each
     circuit once it is found (`analysis.stages.STAGES`); a run may be resumed with others.
@@ -359,7 +362,8 @@ class _ModelStudy:
             settings.seed,
             settings.precision,
             settings.executor,
-            self._n_random,
+            self._n_random(),
+            self._n_random(of_edges=True),
             settings.n_edge_prompts,
             self._n_sensitivity_prompts,
             lambda: self._repeated,
@@ -422,11 +426,8 @@ class _ModelStudy:
             self.directory.write_text(f"figures/{name}.{figure}.svg", svg)
         self.directory.write_json(f"results/{name}.json", section.to_dict())
 
-    @property
-    def _n_random(self) -> int:
-        if self.settings.n_random is not None:
-            return self.settings.n_random
-        return 50 if is_small(self.model) else 10
+    def _n_random(self, of_edges: bool = False) -> int:
+        return self.settings.n_random or suitable_n_random(self.model, N_RANDOM, of_edges=of_edges)
 
     @property
     def _n_sensitivity_prompts(self) -> int:
@@ -461,7 +462,7 @@ class _ModelStudy:
             {"model": model["name"], "task": task, **row}
             for model in self.directory.run["models"]
             for task, scores in scores_of(self.directory, model["slug"]).items()
-            for row in scores.table()
+            for row in table_with_q(scores, seed=self.settings.seed)
         ]
         self.directory.write_text("scores.csv", csv_text(rows))
 
@@ -493,8 +494,9 @@ class _ModelStudy:
             score = ablation.score_intervals(ablation.kept_values([circuit.nodes])[0], seed=self.settings.seed)
             random_scores: list[float] = []
             if circuit.nodes:  # those without are all the same one
-                baseline = random_baseline(ablation, circuit, self._n_random, seed=self.settings.seed, progress=step)
+                baseline = random_baseline(ablation, circuit, self._n_random(), seed=self.settings.seed, progress=step)
                 random_scores = baseline.scores.tolist()
+        tested = table_with_q(scores, seed=self.settings.seed)
         self.directory.write_json(
             file,
             {
@@ -506,6 +508,8 @@ class _ModelStudy:
                 "heads": scores.heads().tolist(),
                 "mlps": scores.mlps().tolist(),
                 "clean_mean": float(scores.clean_metric.mean()),
+                "q": {row["site"]: row["q"] for row in tested},
+                "called": called(tested, task.n),
                 "drops": {node: drop for node, (drop, *_) in drops.items()},
                 "drop_intervals": {node: self._ends(*drop) for node, drop in drops.items()},
                 "intervals": self.clean[name]["intervals"] | {"score": self._ends(*score.at())},

@@ -79,7 +79,7 @@ def task(
     Raises TaskError where the name, template or a start value is not known, the tokenizer has too few single-token
     members or words, or too few prompts pass the filter.
     """
-    if members is not None and name not in RULES:
+    if members is not None and (is_file_name(name) or name in FRAME_TASKS):
         raise TaskError(f"task {name!r} shows no members of a sequence; expected one of {', '.join(RULES)}")
     if is_file_name(name):
         return _from_file(name, model_or_tokenizer, n, template, filter, starts)

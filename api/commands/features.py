@@ -68,6 +68,7 @@ def features(
     quiet: QuietOption = False,
 ) -> None:
     """Patch every feature of a sparse dictionary. With the tokens that the strongest fire on."""
+    from subcircuit.analysis.baselines import called, table_with_q
     from subcircuit.engine.threads import suitable_threads
 
     indices = _indices(chosen)
@@ -87,19 +88,22 @@ def features(
             precision=precision.value,
             progress=lambda done, total: progress("sweep of features", done, total),
         )
-    rows = sorted(scores.table(), key=lambda row: -abs(row["effect"]))
+    rows = sorted(table_with_q(scores, seed=seed), key=lambda row: -abs(row["effect"]))
     _add_tokens(rows[:top], loaded, read, prompts)
     if as_json:
         print(json.dumps({"settings": scores.settings, "features": rows}))
         return
     clean = f"clean {metric.value.replace('_', ' ')} {float(scores.clean_metric.mean()):.3f}"
     out.print(f"{len(rows)} of {read.d_sae} features × {prompts.n} prompts, {clean}; {scores.settings['method']}")
-    table = new_table("site", "effect", "95 %", "share", "fires on")
+    table = new_table("site", "effect", "95 %", "share", "q", "fires on")
     for row in rows[:top]:
         share = "–" if row["share"] is None else f"{row['share']:+.1%}"
         fires = ", ".join(f"{each['token']!r} {each['share']:.0%}" for each in row["fires_on"])
-        table.add_row(row["site"], f"{row['effect']:+.3f}", interval_of(row), share, fires)
+        q = "–" if row["q"] is None else f"{row['q']:.2g}"
+        table.add_row(row["site"], f"{row['effect']:+.3f}", interval_of(row), share, q, fires)
     out.print(table)
+    if metric is not Metric.kl:
+        out.print(called(rows, prompts.n))
 
 
 def _indices(text: str) -> list[int] | None:

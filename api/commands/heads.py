@@ -64,6 +64,7 @@ def heads(
     quiet: QuietOption = False,
 ) -> None:
     """Say what heads do in a task. The roles of those of a circuit, or of a model, with their evidence."""
+    from subcircuit.analysis.head_lookups import head_lookups
     from subcircuit.analysis.heads import head_roles, repeated_measures, shared_roles
     from subcircuit.engine.threads import suitable_threads
 
@@ -91,15 +92,18 @@ def heads(
             for name, task in built.items()
         }
     shown = {name: _heads_of(built[name].name, each, circuits, top) for name, each in found.items()}
+    with suitable_threads(loaded):
+        lookups = {name: head_lookups(loaded, task, shown[name], seed) for name, task in built.items()}
     shared = [row for row in shared_roles(found) if not circuits or _is_in_all(row, shown)]
     if figures is not None:
         drawn = _figures(model, loaded.tokenizer, built, found, shown, bool(circuits))
         write_figures(figures, drawn, silent=quiet or as_json)
     if as_json:
-        print(json.dumps({"model": model, "tasks": _values(found, shown), "shared_roles": shared}))
+        print(json.dumps({"model": model, "tasks": _values(found, shown, lookups), "shared_roles": shared}))
         return
     for name, each in found.items():
         _print_task(name, built[name], each, shown[name], circuits)
+        _print_lookups(lookups[name])
     if len(found) > 1:
         _print_shared(shared)
 
@@ -122,8 +126,10 @@ def _is_in_all(row: dict[str, Any], shown: dict[str, Heads]) -> bool:
     return all((row["layer"], row["index"]) in shown[task] for task in row["tasks"])
 
 
-def _values(found: dict[str, HeadRoles], shown: dict[str, Heads]) -> dict[str, Any]:
-    from subcircuit.analysis.head_profile import head_profiles
+def _values(
+    found: dict[str, HeadRoles], shown: dict[str, Heads], looked_up: dict[str, list[dict[str, Any]]]
+) -> dict[str, Any]:
+    from subcircuit.analysis.head_profile import head_profiles, mean_profile
 
     values = {}
     for name, each in found.items():
@@ -134,11 +140,12 @@ def _values(found: dict[str, HeadRoles], shown: dict[str, Heads]) -> dict[str, A
             for said, profile in zip(each.table(shown[name]), head_profiles(each, shown[name]), strict=True)
         ]
         values[name] = {"heads": rows, "attention": classes, "untested_roles": list(each.untested)}
+        values[name] |= {"mean_of_all_heads": mean_profile(each), "lookups": looked_up[name]}
     return values
 
 
 def _print_task(name: str, task: Task, found: HeadRoles, heads: Heads, circuits: list[Circuit]) -> None:
-    from subcircuit.analysis.head_profile import head_profiles
+    from subcircuit.analysis.head_profile import head_profiles, mean_profile
 
     which = "of the circuit" if circuits else "with the clearest roles"
     out.print(f"\n{name}: {counted(len(heads), 'head')} {which}, {counted(task.n, 'prompt')}\n", style="bold")
@@ -158,12 +165,23 @@ def _print_task(name: str, task: Task, found: HeadRoles, heads: Heads, circuits:
     out.print(f"\n{LEGEND}\n")
     ov = [f"OV {shift}" for shift in shifts]
     table = new_table("head", "→ before", "→ newest", *ov, "QK similar", "QK last", "direct", "95 %")
-    for row in profiles:
+    for row in [*profiles, mean_profile(found) | {"head": "mean of all"}]:
         numbers = [row["to_previous_member"], row["last_to_newest"], *row["ov"].values()]
         numbers += [row["qk_similar"], row["qk_last"]]
         direct = f"{row['direct']:+.3f}", interval_of(row, "direct_")
         table.add_row(row["head"], *("–" if value is None else f"{value:.2f}" for value in numbers), *direct)
     out.print(table)
+
+
+def _print_lookups(rows: list[dict[str, Any]]) -> None:
+    from subcircuit.analysis.head_lookups import LOOKUPS, lookup_tables
+
+    for what, (columns, cells) in zip(LOOKUPS, lookup_tables(rows), strict=False):
+        out.print(f"\nAttention {what}, 95 % intervals over prompts\n")
+        table = new_table(*columns)
+        for row in cells:
+            table.add_row(*row)
+        out.print(table)
 
 
 def _print_shared(shared: list[dict[str, Any]]) -> None:

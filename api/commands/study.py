@@ -55,7 +55,7 @@ def study(
     dtype: DtypeOption = "float32",
     device: DeviceOption = "cpu",
     n_random: Annotated[
-        int | None, typer.Option("--random", min=1, help="Random circuits per task; 50 for a small model, else 10.")
+        int | None, typer.Option("--random", min=1, help="Random circuits per task; 1000 for a small model, else 10.")
     ] = None,
     n_edge_prompts: Annotated[
         int, typer.Option("--edge-prompts", min=1, help="Prompts that edges are patched on.")
@@ -145,19 +145,26 @@ def _study_values(run: RunDirectory) -> dict[str, Any]:
 
 
 def _print_study(run: RunDirectory) -> None:
+    import torch
+
+    from subcircuit.analysis.statistics import empirical_p
+
     for name, found in _study_values(run)["models"].items():
         out.print(f"\n{name}", style="bold")
-        table = new_table("task", "top-1", "95 %", "heads", "MLPs", "score", "95 %", "random, mean", "random, best")
+        table = new_table(
+            "task", "top-1", "95 %", "heads", "MLPs", "score", "95 %", "random, mean", "random, best", "p"
+        )
         for task, circuit in found["circuits"].items():
             baseline = circuit["random_scores"]  # empty for a circuit without nodes
             numbers = [
                 circuit["score"],
                 *((sum(baseline) / len(baseline), max(baseline)) if baseline else (None, None)),
             ]
+            p = f"{empirical_p(circuit['score'], torch.tensor(baseline)):.2g}" if baseline else "–"
             score, *random = ("–" if value is None else f"{value:.1f}" for value in numbers)
             top1 = f"{circuit['accuracy']:.0%}", interval(circuit["intervals"]["accuracy"], ".0%")
             sizes = [str(len(circuit[nodes])) for nodes in ("heads", "mlps")]
-            table.add_row(task, *top1, *sizes, score, interval(circuit["intervals"]["score"], ".1f"), *random)
+            table.add_row(task, *top1, *sizes, score, interval(circuit["intervals"]["score"], ".1f"), *random, p)
         out.print(table)
         if len(found["circuits"]) > 1:
             heads = " ".join(f"{layer}.{head}" for layer, head in found["shared"]["heads"]) or "none"

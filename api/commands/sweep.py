@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
 import json
-import math
 import shlex
 import sys
 from pathlib import Path
@@ -40,9 +38,6 @@ from subcircuit.options import (
     bytes_of,
     positions_of,
 )
-
-CALLED = 0.05
-"""False discovery rate at which a site is said to have an effect."""
 
 
 def sweep(
@@ -87,6 +82,7 @@ def sweep(
     quiet: QuietOption = False,
 ) -> None:
     """Patch every component in turn and measure its effect. On the logit difference, or on another metric."""
+    from subcircuit.analysis.baselines import table_with_q
     from subcircuit.analysis.durable import durable_sweep
     from subcircuit.analysis.records import csv_text
     from subcircuit.engine.threads import suitable_threads
@@ -139,7 +135,7 @@ def sweep(
         else:
             options |= {"method": method.value, "steps": steps}
             scores = sc.gradient_scores(loaded, prompts, components, **options)
-    rows = scores.table() if screening is not None else _with_q_values(scores, seed)
+    rows = scores.table() if screening is not None else table_with_q(scores, seed=seed)
     silent = quiet or as_json
     if csv_file is not None:
         write_text(csv_file, csv_text(rows), silent)
@@ -153,15 +149,9 @@ def sweep(
     _report_check(scores)
 
 
-def _with_q_values(scores: sc.Scores, seed: int) -> list[dict[str, Any]]:
-    """Rows of the table with q-values, which are of all sites: of those that a screening chose they would be wrong."""
-    from subcircuit.analysis.baselines import cell_q_values
-
-    q_values = cell_q_values(scores, seed=seed).tolist()
-    return [row | {"q": None if math.isnan(q) else q} for row, q in zip(scores.table(), q_values, strict=True)]
-
-
 def _print_scores(scores: sc.Scores, screening: sc.Screening | None, rows: list[dict[str, Any]], top: int) -> None:
+    from subcircuit.analysis.baselines import called
+
     clean, name = float(scores.clean_metric.mean()), scores.metric.replace("_", " ")
     sizes = f"{counted(len(rows), 'site')} × {counted(scores.effects.shape[1], 'prompt')}"
     out.print(f"{sizes}, clean {name} {clean:.3f}")
@@ -180,31 +170,14 @@ def _print_scores(scores: sc.Scores, screening: sc.Screening | None, rows: list[
         q = ["–" if row["q"] is None else f"{row['q']:.2g}"] if with_q else []
         table.add_row(row["site"], f"{row['effect']:+.3f}", interval_of(row), share, *q)
     out.print(table)
-    if with_q and all(row["q"] is not None for row in rows):
-        out.print(_called(rows, scores.effects.shape[1]))
+    if with_q and scores.metric != "kl":
+        out.print(called(rows, scores.effects.shape[1]))
     if scores.settings.get("n_halvings"):
         out.print(f"Memory ran out: chunks were halved {scores.settings['n_halvings']} times")
     if "check" in scores.settings:
         from subcircuit.analysis.check import Check
 
         out.print(f"Check: {Check(**scores.settings['check'])}")
-
-
-def _called(rows: list[dict[str, Any]], n_prompts: int) -> str:
-    """How many sites have an effect; or that so few prompts cannot tell, of any site or of few of them."""
-    from subcircuit.analysis.statistics import smallest_p
-
-    prompts = counted(n_prompts, "prompt")
-    least = smallest_p(n_prompts)
-    if least > CALLED:
-        needed = next(n for n in itertools.count(n_prompts) if smallest_p(n) <= CALLED)
-        return f"With {prompts} no q-value can reach {CALLED}; at least {needed} prompts are needed"
-    n_called = sum(row["q"] <= CALLED for row in rows)
-    said = f"{n_called} of {len(rows)} sites have an effect, at a false discovery rate of {CALLED:.0%} (q)"
-    n_together = math.ceil(least * len(rows) / CALLED)
-    if n_called == 0 and n_together > 1:
-        said += f"; with {prompts} that takes at least {n_together} sites at once"
-    return said
 
 
 def _report_check(scores: sc.Scores) -> None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import math
 import random
+from dataclasses import replace
 
 import pytest
 import torch
 
 from circuit_cases import random_circuit, reference_ablation
 from patching_cases import CONFIGS, random_model, task_for
-from subcircuit.analysis.baselines import cell_q_values, random_baseline
+from subcircuit.analysis.baselines import called, cell_q_values, random_baseline, table_with_q
 from subcircuit.analysis.circuit import Circuit, intersection, union
 from subcircuit.analysis.evaluation import (
     Scale,
@@ -174,7 +175,19 @@ def test_unions_and_intersections_are_scored_beside_their_circuits(case):
 def test_cells_are_called_by_their_q_values(case):
     model, task, _ = case
     scores = sweep(model, task, "heads", precision="fp64")
-    assert torch.equal(cell_q_values(scores), benjamini_hochberg(sign_flip_p(scores.effects)))
+    q_values = cell_q_values(scores)
+    assert torch.equal(q_values, benjamini_hochberg(sign_flip_p(scores.effects)))
+    rows = table_with_q(scores)
+    assert [row["q"] for row in rows] == q_values.tolist()
+    assert [row["effect"] for row in rows] == [row["effect"] for row in scores.table()]
+    assert all(row["q"] is None for row in table_with_q(replace(scores, settings={"metric": "kl"})))
+
+
+def test_sites_are_counted_by_their_q_values_and_few_prompts_are_said():
+    rows = [{"q": q} for q in (0.01, 0.05, 0.2)]
+    assert called(rows, 32) == "2 of 3 sites have an effect, at a false discovery rate of 5% (q)"
+    assert "With 3 prompts no q-value can reach 0.05; at least 6 prompts are needed" in called(rows, 3)
+    assert "takes at least 25 sites at once" in called([{"q": 1.0}] * 160, 8)
 
 
 def test_nothing_to_evaluate_is_an_error(case):

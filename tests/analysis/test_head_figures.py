@@ -11,10 +11,12 @@ import torch
 from patching_cases import CONFIGS, random_model, random_sequence_task
 from subcircuit.analysis.attribution import attribution
 from subcircuit.analysis.head_figures import attention_figure, ov_figure, roles_figure, token_texts
-from subcircuit.analysis.head_profile import head_profiles, ov_shares
+from subcircuit.analysis.head_lookups import UNNAMED, head_lookups, lookup_tables
+from subcircuit.analysis.head_profile import head_profiles, mean_profile, ov_shares
 from subcircuit.analysis.heads import head_roles
 from subcircuit.analysis.lens import lens
 from subcircuit.analysis.lens_figures import attribution_figure, lens_figure, top_tokens_figure
+from subcircuit.analysis.statistics import bootstrap_mean
 from subcircuit.analysis.tasks import Task
 
 SEED = random.randrange(10**6)
@@ -62,6 +64,51 @@ def test_a_profile_is_what_a_plain_loop_over_prompts_finds(case):
         assert row["ov_anti_copy"] == pytest.approx(sum(lowest) / len(lowest))
         terms, labels = cache.logit_attribution(task.answer, task.wrong, by_head=True)
         assert row["direct"] == pytest.approx(float(terms[labels.index(f"a{layer}.h{head}")].mean()))
+
+
+def test_the_mean_of_all_heads_is_that_of_their_profiles(case):
+    _, _, found = case
+    config = found.config
+    every = head_profiles(found, [(layer, head) for layer in range(config.n_layers) for head in range(config.n_heads)])
+    mean = mean_profile(found)
+    assert mean["n_heads"] == len(every)
+    for name in ("to_previous_member", "last_to_newest", "last_to_members", "ov_anti_copy", "qk_similar", "direct"):
+        assert mean[name] == pytest.approx(sum(row[name] for row in every) / len(every))
+    for name, share in mean["ov"].items():
+        assert share == pytest.approx(sum(row["ov"][name] for row in every) / len(every))
+    assert mean["direct_low"] < mean["direct"] < mean["direct_high"]
+
+
+def test_look_ups_are_means_over_prompts_with_their_intervals(case):
+    model, task, found = case
+    _, cache = model.run_with_cache(task.clean)
+    heads = [(2, 3), (0, 1)]
+    rows = {(row["head"], row["from"], row["to"]): row for row in head_lookups(model, task, heads, seed=SEED)}
+    names = list(found.lookups.classes)
+    for layer, head in heads:
+        name, pattern = f"a{layer}.h{head}", cache["pattern", layer][:, head]
+        others = [[sum(float(row[q, k]) for k in MEMBERS if k != q) for q in MEMBERS] for row in pattern]
+        expected = {
+            ("members", "members"): torch.tensor(others).double().mean(1),
+            ("member 3", "member 2"): pattern[:, 6, 4],
+            ("last token", "newest member"): pattern[:, 8, 6],
+        }
+        for (query, key), values in expected.items():
+            row = rows[name, query, key]
+            wanted = bootstrap_mean(values, seed=SEED).at()
+            assert [row["attention"], row["low"], row["high"]] == pytest.approx(wanted, abs=1e-6)
+        for query in names:
+            found_mass = [rows[name, query, key]["attention"] for key in found.lookups.columns]
+            assert found_mass == pytest.approx(found.lookups.mass[layer, head, names.index(query)].tolist())
+    by_class, by_member = lookup_tables(list(rows.values()))
+    assert by_class[0] == ["head", "from", *(f"→ {key}" for key in found.lookups.columns)]
+    assert by_class[1][0][:2] == ["a2.h3", next(name for name in names if name not in UNNAMED)]
+    assert by_member[0][1:] == ["member 2 → member 1", "member 3 → member 2", "last token → newest member"]
+    assert [row[0] for row in by_member[1]] == ["a2.h3", "a0.h1"]
+    row = rows["a0.h1", "last token", "newest member"]
+    assert by_member[1][1][-1] == f"{row['attention']:.2f} [{row['low']:.2f}, {row['high']:.2f}]"
+    assert head_lookups(model, task, []) == []
+    assert lookup_tables([]) == []
 
 
 def test_a_task_without_members_has_a_profile_without_them(case):

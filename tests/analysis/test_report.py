@@ -163,7 +163,7 @@ def test_a_models_panel_tells_what_was_found(page: Page, model: dict[str, Any]) 
     assert "Heads " + " ".join(f"{layer}.{head}" for layer, head in shared.heads) in panel
     assert "MLPs " + " ".join(map(str, shared.mlps)) in panel
     assert "Alone they keep 60 to 77 %" in panel
-    assert "the best of 20 12 %" in panel
+    assert "the best of 20 12 % (p = 0.048)" in panel
     assert f"{model['n_params']:,} parameters · 50 s" in panel
     assert "numerals, number words and months" in panel
 

@@ -20,7 +20,7 @@ from subcircuit.analysis.report import write_report
 from subcircuit.analysis.stages import STAGES, TASK_STAGES
 from subcircuit.analysis.study import StudySettings, circuits_of, scores_of, study
 from subcircuit.analysis.sweep import sweep
-from subcircuit.analysis.tasks import task
+from subcircuit.analysis.tasks import task, transfer_kinds
 from subcircuit.engine.errors import PatchError, StoreError, TaskError, WeightsError
 from subcircuit.weights.names import load
 
@@ -59,6 +59,13 @@ def test_a_study_leaves_circuits_scores_and_a_report(run):
     assert f"chance {overlap['expected_jaccard']:.2f}" in (run.path / "report.html").read_text()
     rows = (run.path / "scores.csv").read_text().splitlines()
     assert len(rows) == 1 + 2 * (4 * 8 + 4)
+    assert rows[0].endswith(",q")
+    for name in circuits:
+        result = run.read_json(f"results/tiny-gpt2.{name}.json")
+        n_called = sum(q <= 0.05 for q in result["q"].values())
+        assert (len(result["q"]), n_called > 0) == (36, True)
+        said = f"{n_called} of 36 sites have an effect, at a false discovery rate of 5% (q)"
+        assert said in (run.path / "report.html").read_text()
 
 
 def test_the_report_says_what_was_found_and_needs_nothing_from_outside(run):
@@ -91,6 +98,7 @@ def test_every_stage_leaves_its_values_and_figures_and_a_section_of_the_report(r
     survival = run.read_json("results/tiny-gpt2.months.sensitivity.json")["data"]["survival"]
     assert survival["recovers"][0] > 0
     rows = run.read_json("results/tiny-gpt2.transfer.json")["data"]["rows"]
+    assert {row["kind"] for row in rows} == {"numerals", "months", *transfer_kinds()}
     without = {row["kind"]: row["share"] for row in rows if row["circuit"] == "months"}
     assert without["months"] < 0.5
 

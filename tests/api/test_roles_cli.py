@@ -25,6 +25,9 @@ def test_heads_of_a_circuit_with_roles_evidence_and_figures(run, circuit_file, t
     assert "months: 3 heads of the circuit, 8 prompts" in out
     assert re.search(r"a0\.h1 +next member +newest member 0\.\d\d \(needs > 0\.\d\d\); OV next", out)
     assert re.search(r"a1\.h6 +similar member", out)
+    assert re.search(r"^mean of all +0\.\d\d +0\.\d\d ", out, re.MULTILINE)
+    assert "member 2 → member 1  member 3 → member 2  member 4 → member 3  last token → newest member" in out
+    assert re.search(r"^a1\.h6 +members +0\.\d\d \[0\.\d\d, 0\.\d\d\] ", out, re.MULTILINE)
     written = {file.name for file in (tmp_path / "f").iterdir()}
     assert written == {"roles.svg", "months.ov.svg", *(f"months.attention.a{i}.h{j}.svg" for i, j in HEADS)}
     assert err.endswith(f"wrote 5 figures in {tmp_path / 'f'}\n")
@@ -39,6 +42,8 @@ def test_roles_of_two_tasks_are_compared(run):
     assert len(months) == 6
     assert all(head["roles"] for head in months)
     assert {"ov", "qk_similar", "direct", "evidence", "attention"} <= set(months[0])
+    assert 0 < values["tasks"]["months"]["mean_of_all_heads"]["ov"]["next"] < months[0]["ov"]["next"]
+    assert {row["head"] for row in values["tasks"]["months"]["lookups"]} == {head["head"] for head in months}
     shared = {(row["head"], row["role"]): row["tasks"] for row in values["shared_roles"]}
     assert shared["a1.h6", "similar member"] == ["months", "numerals"]
 
