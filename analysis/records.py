@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from subcircuit.analysis.circuit import Circuit
 from subcircuit.analysis.store import RunDirectory
 from subcircuit.analysis.sweep import Scores
 from subcircuit.analysis.tasks import is_file_name
@@ -46,16 +47,38 @@ def read_scores(directory: RunDirectory, file: str) -> Scores:
     tensors, labels = directory.read_tensors(file)
     try:
         about = json.loads(labels["sweep"])
-        scaling = about["config"].pop("rope_scaling")
         return Scores(
             tuple(Site.of(site) for site in about["sites"]),
             tensors["effects"],
             tensors["clean_metric"],
-            ModelConfig(**about["config"], rope_scaling=scaling and RopeScaling(**scaling)),
+            config_of(about["config"]),
             about["settings"],
         )
     except (KeyError, TypeError, ValueError) as error:
         raise StoreError(f"{directory.path / file} holds no sweep: {error}") from error
+
+
+def config_of(values: Mapping[str, Any]) -> ModelConfig:
+    """A configuration from what `asdict` made of it. Raises TypeError for other values."""
+    scaling = values["rope_scaling"]
+    return ModelConfig(**{**values, "rope_scaling": scaling and RopeScaling(**scaling)})
+
+
+def circuits_of(directory: RunDirectory, slug: str) -> dict[str, Circuit]:
+    """The circuits that a run found for a model, by task."""
+    files = _files_by_task(directory, f"circuits/{slug}.{{}}.json")
+    return {task: Circuit.load(directory.path / file) for task, file in files.items()}
+
+
+def scores_of(directory: RunDirectory, slug: str) -> dict[str, Scores]:
+    """The sweeps that a run made for a model, by task."""
+    files = _files_by_task(directory, f"scores/{slug}.{{}}.safetensors")
+    return {task: read_scores(directory, file) for task, file in files.items()}
+
+
+def _files_by_task(directory: RunDirectory, pattern: str) -> dict[str, str]:
+    files = {task: pattern.format(task) for task in directory.run["tasks"]}
+    return {task: file for task, file in files.items() if directory.has(file)}
 
 
 def csv_text(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,11 @@ from markupsafe import Markup
 
 from subcircuit.analysis import figures
 from subcircuit.analysis.circuit import Circuit
+from subcircuit.analysis.circuit_figure import overlay_diagram
 from subcircuit.analysis.depth import role_depths
 from subcircuit.analysis.drawing import task_colour, words
 from subcircuit.analysis.overlap import Overlap
+from subcircuit.analysis.records import circuits_of, read_scores
 from subcircuit.analysis.stages import TASK_STAGES
 from subcircuit.analysis.statistics import empirical_p
 from subcircuit.analysis.store import RunDirectory
@@ -49,7 +51,9 @@ def _page(directory: RunDirectory, models: list[dict[str, Any]]) -> str:
     )
     environment.filters |= {"words": words, "number": _number, "duration": _duration, "listed": _listed}
     seconds = sum(directory.run.get("timings", {}).values())
-    about = {"roles": _roles_by_depth(models)} if len(models) > 1 else {}
+    about: dict[str, Any] = {}
+    if len(models) > 1:
+        about = {"roles": _roles_by_depth(models), "depths": directory.json_if_there("results/depths.json")}
     return environment.get_template("report.html").render(run=directory.run, models=models, seconds=seconds, **about)
 
 
@@ -59,20 +63,18 @@ def _models(directory: RunDirectory) -> list[dict[str, Any]]:
 
 def _model_values(directory: RunDirectory, model: dict[str, Any]) -> dict[str, Any]:
     slug = model["slug"]
-    circuits: dict[str, Circuit] = {}
-    results: dict[str, dict[str, Any]] = {}
-    for name in directory.run.get("tasks", ()):
-        if directory.has(f"circuits/{slug}.{name}.json"):
-            circuits[name] = Circuit.load(directory.path / "circuits" / f"{slug}.{name}.json")
-            results[name] = _optional(directory, f"results/{slug}.{name}.json")
-    compare = _optional(directory, f"results/{slug}.compare.json")
+    circuits = circuits_of(directory, slug)
+    results = {name: _result(directory, f"{slug}.{name}") for name in directory.run.get("tasks", ())}
+    known = [name for name in results if results[name] or name in circuits]
+    compare = directory.json_if_there(f"results/{slug}.compare.json")
     drawn = _figures(model, circuits, results, compare)
     return {
         **model,
         "n_nodes": model["n_layers"] * (model["n_heads"] + 1),
         "tasks": [
-            _task_values(i, name, circuits[name], results[name]) | {"sections": _sections(directory, f"{slug}.{name}")}
-            for i, name in enumerate(circuits)
+            _task_values(i, name, circuits.get(name), results[name])
+            | {"sections": _sections(directory, f"{slug}.{name}")}
+            for i, name in enumerate(known)
         ],
         "transfer": _section(directory, f"{slug}.transfer"),
         "role_depths": {name: _role_depths(directory, f"{slug}.{name}", model["n_layers"]) for name in circuits},
@@ -86,6 +88,23 @@ def _model_values(directory: RunDirectory, model: dict[str, Any]) -> dict[str, A
     }
 
 
+def _result(directory: RunDirectory, name: str) -> dict[str, Any]:
+    """What is known of a task: the clean run, the sweep, the circuit beside random ones; whatever of it is there."""
+    found, chance = (directory.json_if_there(f"results/{name}{part}.json") for part in ("", ".random"))
+    if not found and directory.has(f"scores/{name}.safetensors"):
+        scores = read_scores(directory, f"scores/{name}.safetensors")
+        found = {
+            "heads": scores.heads().tolist(),
+            "mlps": scores.mlps().tolist(),
+            "clean_mean": float(scores.clean_metric.mean()),
+            "n_prompts": scores.effects.shape[1],
+        }
+    intervals = found.get("intervals", {})
+    if "score_interval" in chance:
+        intervals = intervals | {"score": chance["score_interval"]}
+    return found | chance | ({"intervals": intervals} if intervals else {})
+
+
 def _sections(directory: RunDirectory, name: str) -> list[dict[str, Any]]:
     """What the stages found for one task, in their order."""
     found = (_section(directory, f"{name}.{stage}") for stage in TASK_STAGES)
@@ -94,7 +113,7 @@ def _sections(directory: RunDirectory, name: str) -> list[dict[str, Any]]:
 
 def _section(directory: RunDirectory, name: str) -> dict[str, Any]:
     """A stage's section, with its figures as part of the page; empty where the stage was not run."""
-    section = _optional(directory, f"results/{name}.json")
+    section = directory.json_if_there(f"results/{name}.json")
     if not section:
         return {}
     files = {figure: f"figures/{name}.{figure}.svg" for figure in section["figures"]}
@@ -105,7 +124,7 @@ def _section(directory: RunDirectory, name: str) -> dict[str, Any]:
 def _role_depths(directory: RunDirectory, name: str, n_layers: int) -> dict[str, tuple[float, float, float]]:
     """Mean, least and greatest depth of a circuit's heads of each role; nothing where roles were not asked for."""
     roles: dict[str, list[tuple[int, int]]] = {}
-    for row in _optional(directory, f"results/{name}.roles.json").get("data", {}).get("heads", ()):
+    for row in directory.json_if_there(f"results/{name}.roles.json").get("data", {}).get("heads", ()):
         for role in row["roles"]:
             roles.setdefault(role, []).append((row["layer"], row["index"]))
     return role_depths(roles, n_layers)
@@ -121,11 +140,6 @@ def _roles_by_depth(models: list[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-def _optional(directory: RunDirectory, file: str) -> dict[str, Any]:
-    found: dict[str, Any] = directory.read_json(file) if directory.has(file) else {}
-    return found
-
-
 def _shared_scores(compare: Mapping[str, Any]) -> list[float]:
     """What the nodes that all circuits share keep of each task, without the rest of its circuit."""
     if "shared" not in compare.get("cross_task_columns", ()):
@@ -134,7 +148,7 @@ def _shared_scores(compare: Mapping[str, Any]) -> list[float]:
     return [row[column] for row in compare["cross_task"]]
 
 
-def _task_values(index: int, name: str, circuit: Circuit, result: Mapping[str, Any]) -> dict[str, Any]:
+def _task_values(index: int, name: str, circuit: Circuit | None, result: Mapping[str, Any]) -> dict[str, Any]:
     baseline = [value for value in result.get("random_scores", ()) if math.isfinite(value)]
     ends = result.get("drop_intervals", {})
     return {
@@ -146,7 +160,7 @@ def _task_values(index: int, name: str, circuit: Circuit, result: Mapping[str, A
             ((node, drop, ends.get(node)) for node, drop in result.get("drops", {}).items()), key=lambda row: -row[1]
         ),
         "intervals": result.get("intervals", {}),
-        **_random_values(circuit.score, baseline),
+        **_random_values(None if circuit is None else circuit.score, baseline),
     }
 
 
@@ -177,15 +191,19 @@ def _figures(
         tasks = " and ".join(words(", ".join(circuits)).rsplit(", ", 1))
         title = f"{model['name']}: what does {tasks}"
         drawn["overlay"] = figures.overlay_figure(circuits, model["n_layers"], model["n_heads"], title)
-    for name, circuit in circuits.items():
-        result, task = results[name], words(name)
-        if "heads" in result and "mlps" in result:
+    if len(circuits) > 1 and all(circuit.edges for circuit in circuits.values()):
+        group_size = model["n_heads"] // model["n_kv_heads"]
+        drawn["overlay_edges"] = overlay_diagram(circuits, f"{model['name']}: edges of the circuits", group_size)
+    for name, result in results.items():
+        task = words(name)
+        if _has_numbers(result.get("heads", ())) or _has_numbers([result.get("mlps", ())]):
             title = f"{task}: effect of patching a head or MLP"
             drawn[f"{name}.effects"] = figures.heatmap_figure(result["heads"], result["mlps"], title)
         if result.get("drops"):
             title = f"{task}: what the circuit loses without a node"
             drawn[f"{name}.drops"] = figures.drops_figure(result["drops"], title, result.get("drop_intervals"))
-        if circuit.trace:
+        circuit = circuits.get(name)
+        if circuit is not None and circuit.trace:
             threshold = circuit.settings.get("threshold")
             drawn[f"{name}.trace"] = figures.trace_figure(circuit.trace, f"{task}: how it was found", threshold)
     scores = {name: circuit.score for name, circuit in circuits.items() if circuit.score is not None}
@@ -196,10 +214,19 @@ def _figures(
         tasks, columns = compare["tasks"], compare["cross_task_columns"]
         drawn["overlap"] = _overlap_figure(compare, "heads", "Heads in common (Jaccard index)")
         drawn["overlap_nodes"] = _overlap_figure(compare, "nodes", "Heads and MLPs in common (Jaccard index)")
+        if "overlap_edges" in compare:
+            drawn["overlap_edges"] = _overlap_figure(compare, "edges", "Edges in common (Jaccard index)")
+            among = "Of edges between nodes of both (Jaccard index)"
+            drawn["overlap_edges_between_shared"] = _overlap_figure(compare, "edges_between_shared", among)
         title = "Score of each circuit (column) on each task (row)"
         ends = compare.get("cross_task_intervals")
         drawn["cross_task"] = figures.matrix_figure(compare["cross_task"], tasks, columns, title, "{:.0f}", ends)
     return drawn
+
+
+def _has_numbers(rows: Sequence[Sequence[float]]) -> bool:
+    """Whether any value is one: a sweep of other components has none for heads and MLPs."""
+    return any(math.isfinite(value) for row in rows for value in row)
 
 
 def _overlap_figure(compare: Mapping[str, Any], kind: str, title: str) -> str:

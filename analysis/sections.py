@@ -40,12 +40,14 @@ class Section:
     """Everything, as plain values for JSON."""
     circuit: Circuit | None = None
     """The subject's circuit with what the stage added to it; it is saved in place of the other."""
+    left_out: bool = False
+    """Whether it only says why the stage was not run."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON, the figures by name alone."""
         tables = [asdict(table) for table in self.tables]
         shown = {"title": self.title, "sentences": list(self.sentences), "tables": tables}
-        return {**shown, "figures": list(self.figures), "data": dict(self.data)}
+        return {**shown, "figures": list(self.figures), "data": dict(self.data), "left_out": self.left_out}
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ class Subject:
 
     model: HookedTransformer
     task: Task
-    scores: Scores
+    scores: Scores | None
     circuit: Circuit
     seed: int
     precision: Precision

@@ -53,13 +53,17 @@ def faithfulness_stage(subject: Subject, progress: Progress) -> Section:
     ablation = Ablation(subject.model, subject.task, **options)
     found = evaluate_circuit(ablation, subject.circuit, n_knockouts=N_KNOCKOUTS, seed=subject.seed)
     progress(1, 3)
-    curve = ablation_curve(ablation, node_ranking(subject.scores), seed=subject.seed)
+    curve = None
+    if subject.scores is not None:
+        curve = ablation_curve(ablation, node_ranking(subject.scores), seed=subject.seed)
     progress(2, 3)
     baseline = random_baseline(ablation, subject.circuit, subject.n_random, match="layers", seed=subject.seed)
     progress(3, 3)
     sentences, tables, data = judgement(found, baseline, curve, "node", "nodes")
-    figure = curve_figure({words(subject.task.name): curve}, "Recovered by the most important nodes")
-    return Section("Faithfulness", sentences, tables, {"curve": figure}, data)
+    figures = {}
+    if curve is not None:
+        figures["curve"] = curve_figure({words(subject.task.name): curve}, "Recovered by the most important nodes")
+    return Section("Faithfulness", sentences, tables, figures, data)
 
 
 def roles_stage(subject: Subject, progress: Progress) -> Section:
@@ -258,14 +262,18 @@ TASK_STAGES: dict[str, Callable[[Subject, Progress], Section]] = {
     "roles": roles_stage,
     "lens": lens_stage,
 }
-STAGES = (*TASK_STAGES, "transfer")
-"""All that can be asked for, in the order in which they are run; transfer is one for all tasks."""
+STAGES = ("sweep", "prune", "random", *TASK_STAGES, "compare", "transfer")
+"""All that can be asked for, in the order in which they are run; the last two are one for all tasks."""
 NEEDS_NO_NODES = ("lens",)
 
 
-def why_not(stage: str, circuit: Circuit, task: Task) -> str | None:
+def why_not(stage: str, circuit: Circuit | None, task: Task) -> str | None:
     """Why a stage cannot be asked of this circuit on this task; None where it can."""
-    if not circuit.nodes and stage not in NEEDS_NO_NODES:
+    if stage in NEEDS_NO_NODES:
+        return None
+    if circuit is None:
+        return "no circuit was looked for"
+    if not circuit.nodes:
         return "its circuit is empty"
     if stage == "edges" and task.corrupted is None:
         return "paths are patched with corrupted prompts, which the task lacks"
@@ -276,7 +284,7 @@ def why_not(stage: str, circuit: Circuit, task: Task) -> str | None:
 
 def left_out(stage: str, reason: str) -> Section:
     """The section of a stage that cannot be asked."""
-    return Section(words(stage).capitalize(), (f"Left out: {reason}.",))
+    return Section(words(stage).capitalize(), (f"Left out: {reason}.",), left_out=True)
 
 
 def transfer_stage(

@@ -49,6 +49,12 @@ def bootstrap_mean(
     return Interval(*(torch.cat(part).view(shape).to(values.dtype) for part in zip(*parts, strict=True)))
 
 
+def ends_of(values: Float[Tensor, " prompt"], seed: int = 0) -> list[float] | None:
+    """Low and high of the mean's 95 % bootstrap interval; None of a single prompt, which does not say how others
+    differ."""
+    return None if len(values) == 1 else list(bootstrap_mean(values, seed=seed).at()[1:])
+
+
 def interval_columns(
     values: Float[Tensor, "site prompt"], prefix: str = "", seed: int = 0
 ) -> list[dict[str, float | None]]:

@@ -150,6 +150,11 @@ class RunDirectory:
     def write_json(self, name: str, value: Any) -> None:
         self.write_text(name, json.dumps(value, indent=1) + "\n")
 
+    def json_if_there(self, file: str) -> dict[str, Any]:
+        """A file's object, or an empty one where there is no such file. Raises StoreError for one that is not JSON."""
+        found: dict[str, Any] = self.read_json(file) if self.has(file) else {}
+        return found
+
     def read_json(self, name: str) -> Any:
         try:
             return json.loads(self.read_text(name))

@@ -106,6 +106,11 @@ def with_dictionaries(
     return model.with_dictionaries(*read) if read else model
 
 
+def names_in(text: str) -> list[str]:
+    """The names of an option that takes several, joined by commas."""
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
 def check_suffix(file: Path | None, *known: str) -> None:
     """Refuse a file to write, before any work, whose name does not say which of the known formats it should have."""
     if file is not None and file.suffix not in known:

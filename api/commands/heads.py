@@ -24,6 +24,7 @@ from subcircuit.options import (
     QuietOption,
     SeedOption,
     TemplateOption,
+    names_in,
 )
 
 if TYPE_CHECKING:
@@ -68,7 +69,7 @@ def heads(
     from subcircuit.analysis.heads import head_roles, repeated_measures, shared_roles
     from subcircuit.engine.threads import suitable_threads
 
-    names = [name.strip() for name in tasks.split(",") if name.strip()]
+    names = names_in(tasks)
     saved = load_circuits(circuit or [])
     loaded = sc.load(model, dtype=dtype, device=device)
     warn_of_other_model(saved, loaded)

@@ -19,6 +19,7 @@ from subcircuit.options import (
     NOption,
     SeedOption,
     TemplateOption,
+    names_in,
 )
 
 
@@ -40,7 +41,7 @@ def lengths(
     from subcircuit.analysis.lengths import by_length
     from subcircuit.engine.threads import suitable_threads
 
-    names = dict.fromkeys(name.strip() for name in tasks.split(",") if name.strip())
+    names = dict.fromkeys(names_in(tasks))
     if not names:
         raise typer.BadParameter("no task; expected --tasks with one or more")
     loaded = sc.load(model, dtype=dtype, device=device)

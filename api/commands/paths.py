@@ -27,6 +27,7 @@ from subcircuit.options import (
     TaskOption,
     TemplateOption,
     check_suffix,
+    names_in,
 )
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ def paths(
 
     check_suffix(file, ".csv")
     loaded = sc.load(model, dtype=dtype, device=device)
-    edges = sc.paths_between(loaded.config, _names(senders), _names(to))
+    edges = sc.paths_between(loaded.config, names_in(senders), names_in(to))
     prompts = sc.task(task, loaded, n=n, seed=seed, template=template, filter=only_answered)
     frozen: Freeze = freeze  # type: ignore[assignment]
     with progress_bars(quiet) as progress, suitable_threads(loaded):
@@ -86,10 +87,6 @@ def paths(
         print(json.dumps({"settings": found.settings, "paths": rows}))
     else:
         _print(found, rows, top)
-
-
-def _names(text: str) -> list[str]:
-    return [name.strip() for name in text.split(",") if name.strip()]
 
 
 def _print(found: sc.EdgeEffects, rows: list[dict[str, Any]], top: int) -> None:

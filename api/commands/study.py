@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import subcircuit as sc
+from subcircuit.analysis.plural import counted
 from subcircuit.console import interval, new_table, out, progress_bars, say_written
 from subcircuit.options import (
     TASKS,
@@ -30,9 +31,12 @@ from subcircuit.options import (
     SeedOption,
     TemplateOption,
     ThresholdOption,
+    names_in,
 )
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from subcircuit.analysis.store import RunDirectory
 
 
@@ -71,9 +75,11 @@ def study(
     stages: Annotated[
         str,
         typer.Option(
-            help="Asked of each circuit: faithfulness, sensitivity, edges, roles, lens, transfer; all or none."
+            help="Joined by commas: sweep, prune, random, faithfulness, sensitivity, edges, edge-faithfulness, roles, "
+            "lens, compare, transfer; or all."
         ),
     ] = "all",
+    skip: Annotated[str, typer.Option(help="Stages to leave out, joined by commas.")] = "",
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run that is there.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete the run that is there.")] = False,
     as_json: JsonOption = False,
@@ -82,7 +88,7 @@ def study(
     """Find and compare the circuits of several tasks. In one or more models, with a report of it all."""
     settings = sc.StudySettings(
         models=tuple(model),
-        tasks=tuple(name.strip() for name in tasks.split(",") if name.strip()),
+        tasks=tuple(names_in(tasks)),
         n=n,
         seed=seed,
         template=template,
@@ -98,7 +104,7 @@ def study(
         n_random=n_random,
         n_edge_prompts=n_edge_prompts,
         n_sensitivity_prompts=n_sensitivity_prompts,
-        stages=_stages(stages),
+        stages=_stages(stages, skip),
     )
     command = shlex.join(["subcircuit", *sys.argv[1:]])
     with progress_bars(quiet) as progress:
@@ -110,12 +116,16 @@ def study(
         _print_study(run)
 
 
-def _stages(text: str) -> tuple[str, ...]:
+def _stages(text: str, skip: str) -> tuple[str, ...]:
+    """Those asked for, less those to leave out. Refuses to leave out what is no stage."""
     from subcircuit.analysis.stages import STAGES
 
-    if text == "all":
-        return STAGES
-    return () if text == "none" else tuple(part.strip() for part in text.split(","))
+    asked = STAGES if text == "all" else names_in(text)
+    left_out = names_in(skip)
+    for name in left_out:
+        if name not in STAGES:
+            raise typer.BadParameter(f"--skip {name} is no stage; expected some of {', '.join(STAGES)}")
+    return tuple(stage for stage in asked if stage not in left_out)
 
 
 def report(directory: Annotated[Path, typer.Argument(help="A run directory.")]) -> None:
@@ -127,49 +137,61 @@ def report(directory: Annotated[Path, typer.Argument(help="A run directory.")]) 
 
 
 def _study_values(run: RunDirectory) -> dict[str, Any]:
-    from subcircuit.analysis.study import circuits_of
+    from subcircuit.analysis.records import circuits_of
 
     values: dict[str, Any] = {"models": {}, "notes": run.run["notes"], "timings": run.run["timings"]}
     for model in run.run["models"]:
         slug = model["slug"]
-        compare = run.read_json(f"results/{slug}.compare.json")
         circuits = {}
         for task, circuit in circuits_of(run, slug).items():
             result = run.read_json(f"results/{slug}.{task}.json")
-            found = {"heads": circuit.heads, "mlps": circuit.mlps, "score": circuit.score}
-            circuits[task] = found | {name: result[name] for name in ("accuracy", "intervals", "random_scores")}
-        crossed = ("cross_task", "cross_task_intervals", "cross_task_columns")
-        shared = {name: compare[name] for name in ("shared", *crossed, "jaccard_heads")}
-        values["models"][model["name"]] = {"circuits": circuits, **shared}
+            chance = run.json_if_there(f"results/{slug}.{task}.random.json")
+            circuits[task] = {
+                "heads": circuit.heads,
+                "mlps": circuit.mlps,
+                "n_edges": len(circuit.edges),
+                "score": circuit.score,
+                "accuracy": result["accuracy"],
+                "intervals": result["intervals"] | {"score": chance.get("score_interval")},
+                "random_scores": chance.get("random_scores", []),
+            }
+        compare = run.json_if_there(f"results/{slug}.compare.json")
+        kept = ("shared", "cross_task", "cross_task_intervals", "cross_task_columns", "jaccard_heads")
+        values["models"][model["name"]] = {
+            "circuits": circuits,
+            **{name: compare[name] for name in kept if name in compare},
+        }
     return values
 
 
 def _print_study(run: RunDirectory) -> None:
+    for name, found in _study_values(run)["models"].items():
+        out.print(f"\n{name}", style="bold")
+        if found["circuits"]:
+            out.print(_table_of_circuits(found["circuits"]))
+        if len(found["circuits"]) > 1 and "shared" in found:
+            heads = " ".join(f"{layer}.{head}" for layer, head in found["shared"]["heads"]) or "none"
+            mlps = " ".join(map(str, found["shared"]["mlps"])) or "none"
+            edges = f"; {counted(len(found['shared']['edges']), 'edge')}" if found["shared"]["edges"] else ""
+            out.print(f"in every circuit: heads {heads}; MLPs {mlps}{edges}")
+    for note in run.run["notes"]:
+        out.print(f"note: {note}")
+    out.print(f"\n{sum(run.run['timings'].values()):.0f} s in all")
+
+
+def _table_of_circuits(circuits: dict[str, Any]) -> Table:
     import torch
 
     from subcircuit.analysis.statistics import empirical_p
 
-    for name, found in _study_values(run)["models"].items():
-        out.print(f"\n{name}", style="bold")
-        table = new_table(
-            "task", "top-1", "95 %", "heads", "MLPs", "score", "95 %", "random, mean", "random, best", "p"
-        )
-        for task, circuit in found["circuits"].items():
-            baseline = circuit["random_scores"]  # empty for a circuit without nodes
-            numbers = [
-                circuit["score"],
-                *((sum(baseline) / len(baseline), max(baseline)) if baseline else (None, None)),
-            ]
-            p = f"{empirical_p(circuit['score'], torch.tensor(baseline)):.2g}" if baseline else "–"
-            score, *random = ("–" if value is None else f"{value:.1f}" for value in numbers)
-            top1 = f"{circuit['accuracy']:.0%}", interval(circuit["intervals"]["accuracy"], ".0%")
-            sizes = [str(len(circuit[nodes])) for nodes in ("heads", "mlps")]
-            table.add_row(task, *top1, *sizes, score, interval(circuit["intervals"]["score"], ".1f"), *random, p)
-        out.print(table)
-        if len(found["circuits"]) > 1:
-            heads = " ".join(f"{layer}.{head}" for layer, head in found["shared"]["heads"]) or "none"
-            mlps = " ".join(map(str, found["shared"]["mlps"])) or "none"
-            out.print(f"in every circuit: heads {heads}; MLPs {mlps}")
-    for note in run.run["notes"]:
-        out.print(f"note: {note}")
-    out.print(f"\n{sum(run.run['timings'].values()):.0f} s in all")
+    columns = ("task", "top-1", "95 %", "heads", "MLPs", "edges", "score", "95 %", "random, mean", "random, best", "p")
+    table = new_table(*columns)
+    for task, circuit in circuits.items():
+        baseline, intervals = circuit["random_scores"], circuit["intervals"]  # no random ones of an empty circuit
+        of_random = (sum(baseline) / len(baseline), max(baseline)) if baseline else (None, None)
+        score, *random = ("–" if value is None else f"{value:.1f}" for value in (circuit["score"], *of_random))
+        p = f"{empirical_p(circuit['score'], torch.tensor(baseline)):.2g}" if baseline else "–"
+        sizes = [str(n) for n in (len(circuit["heads"]), len(circuit["mlps"]), circuit["n_edges"] or "–")]
+        top1 = f"{circuit['accuracy']:.0%}", interval(intervals["accuracy"], ".0%")
+        table.add_row(task, *top1, *sizes, score, interval(intervals["score"], ".1f"), *random, p)
+    return table

@@ -21,6 +21,7 @@ from subcircuit.options import (
     QuietOption,
     SeedOption,
     check_suffix,
+    names_in,
 )
 
 if TYPE_CHECKING:
@@ -70,7 +71,7 @@ def transfer(
         found = sc.transfer(
             loaded,
             circuits,
-            () if kinds == "all" else [kind.strip() for kind in kinds.split(",") if kind.strip()],
+            () if kinds == "all" else names_in(kinds),
             n=n,
             seed=seed,
             ablation=ablation.value,

@@ -13,8 +13,8 @@ import torch
 from patching_cases import CONFIGS, random_model, random_prompts
 from subcircuit.analysis import durable
 from subcircuit.analysis.durable import durable_sweep
+from subcircuit.analysis.records import scores_of
 from subcircuit.analysis.store import RunDirectory
-from subcircuit.analysis.study import scores_of
 from subcircuit.analysis.sweep import sweep
 from subcircuit.analysis.tasks import task_from_tokens
 from subcircuit.engine.errors import PatchError, StoreError

@@ -11,14 +11,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from subcircuit.analysis import metrics
+from subcircuit.analysis import metrics, model_study
 from subcircuit.analysis import study as study_module
 from subcircuit.analysis.circuit import Circuit
 from subcircuit.analysis.faithfulness import score
-from subcircuit.analysis.records import fingerprint, slugs_of
+from subcircuit.analysis.records import circuits_of, fingerprint, scores_of, slugs_of
 from subcircuit.analysis.report import write_report
 from subcircuit.analysis.stages import STAGES, TASK_STAGES
-from subcircuit.analysis.study import StudySettings, circuits_of, scores_of, study
+from subcircuit.analysis.study import StudySettings, study
 from subcircuit.analysis.sweep import sweep
 from subcircuit.analysis.tasks import task, transfer_kinds
 from subcircuit.engine.errors import PatchError, StoreError, TaskError, WeightsError
@@ -103,14 +103,54 @@ def test_every_stage_leaves_its_values_and_figures_and_a_section_of_the_report(r
     assert without["months"] < 0.5
 
 
+def results_of(run):
+    return {file.name.removeprefix("tiny-gpt2.") for file in (run.path / "results").iterdir()}
+
+
 def test_stages_are_left_out_and_made_up_for_later(run, tmp_path):
-    settings = replace(SETTINGS, tasks=("months",), stages=("lens",))
+    settings = replace(SETTINGS, tasks=("months",), stages=("sweep",))
     found = study(settings, str(tmp_path / "run"))
-    files = {file.name for file in (found.path / "results").iterdir()}
-    assert files == {f"tiny-gpt2.{name}.json" for name in ("months", "months.lens", "compare")}
-    study(replace(settings, stages=("lens", "edges")), str(tmp_path / "run"), resume=True)
-    name = "results/tiny-gpt2.months.edges.json"
-    assert (found.path / name).read_bytes() == (run.path / name).read_bytes()
+    assert results_of(found) == {"months.json"}
+    assert not circuits_of(found, "tiny-gpt2")
+    page = (found.path / "report.html").read_text()
+    assert "no circuit is found yet" in page
+    assert "effect of patching a head or MLP" in page
+    study(replace(settings, stages=("sweep", "lens", "edges")), str(tmp_path / "run"), resume=True)
+    assert results_of(found) == {"months.json", "months.lens.json", "months.edges.json"}
+    assert found.read_json("results/tiny-gpt2.months.edges.json")["left_out"]
+    assert "edges, since no circuit was looked for" in RunDirectory.open(found.path).run["notes"][-1]
+    study(replace(settings, stages=("prune", "edges")), str(tmp_path / "run"), resume=True)
+    for name in ("results/tiny-gpt2.months.edges.json", "circuits/tiny-gpt2.months.json"):
+        assert (found.path / name).read_bytes() == (run.path / name).read_bytes()
+    study(replace(settings, stages=STAGES), str(tmp_path / "run"), resume=True)
+    for name in ("months", "months.random", "months.faithfulness", "months.edge-faithfulness", "months.roles"):
+        file = f"results/tiny-gpt2.{name}.json"
+        assert (found.path / file).read_bytes() == (run.path / file).read_bytes()
+
+
+@pytest.mark.usefixtures("no_report")
+def test_a_circuit_is_asked_for_without_a_sweep(tmp_path):
+    settings = replace(SETTINGS, tasks=("months",), stages=("prune", "faithfulness", "compare"))
+    found = study(settings, str(tmp_path / "run"))
+    assert results_of(found) == {"months.json", "months.faithfulness.json", "compare.json"}
+    section = found.read_json("results/tiny-gpt2.months.faithfulness.json")
+    assert section["data"]["recovered"]
+    assert not section["figures"]  # the curve's ranking is the sweep's
+
+
+def test_edges_and_depths_in_common_are_written_and_shown(run):
+    circuits = circuits_of(run, "tiny-gpt2")
+    compare = run.read_json("results/tiny-gpt2.compare.json")
+    edges = compare["shared"]["edges"]
+    assert {(sender, receiver) for sender, receiver, _ in edges} == set.intersection(
+        *(set(circuit.edges) for circuit in circuits.values())
+    )
+    for sender, receiver, points in edges:
+        assert points == [circuit.edge_scores[sender, receiver] for circuit in circuits.values()]
+    assert [row[0]["kind"] for row in compare["overlap_edges"]] == ["edges", "edges"]
+    page = (run.path / "report.html").read_text()
+    assert "Edges in every circuit" in page
+    assert (run.path / "figures/tiny-gpt2.overlay_edges.svg").read_text().startswith("<svg")
 
 
 def test_resuming_a_finished_study_computes_nothing_again(run, monkeypatch):
@@ -119,8 +159,8 @@ def test_resuming_a_finished_study_computes_nothing_again(run, monkeypatch):
     def never(*args, **kwargs):
         raise AssertionError("computed again")
 
-    for name in ("load", "sweep", "discover", "node_drops", "random_baseline", "cross_task_scores"):
-        monkeypatch.setattr(study_module, name, never)
+    for name in ("load", "sweep", "discover", "node_drops", "random_baseline", "crossed"):
+        monkeypatch.setattr(model_study, name, never)
     study(SETTINGS, str(run.path), resume=True)
     assert before == {file: file.read_bytes() for file in before}
 
@@ -131,14 +171,14 @@ def no_report(monkeypatch):
     monkeypatch.setattr(study_module, "write_report", lambda directory: directory.write_text("report.html", "made"))
 
 
-@pytest.mark.parametrize("stage", ["sweep", "discover", "random_baseline", "cross_task_scores", "write_report"])
+@pytest.mark.parametrize("stage", ["sweep", "discover", "random_baseline", "crossed", "write_report"])
 @pytest.mark.usefixtures("no_report")
 def test_a_study_that_was_killed_goes_on_where_it_stopped_and_ends_the_same(run, tmp_path, monkeypatch, stage):
     def die(*args, **kwargs):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(study_module, stage, die)
+        patch.setattr(study_module if stage == "write_report" else model_study, stage, die)
         with pytest.raises(KeyboardInterrupt):
             study(SETTINGS, str(tmp_path / "run"))
     assert not (tmp_path / "run" / "report.html").exists()
@@ -153,7 +193,7 @@ def test_a_stage_that_was_finished_before_a_kill_is_not_computed_again(run, tmp_
     calls = []
 
     def watch(patch, stage, dies_at=None):
-        real = getattr(study_module, stage)
+        real = getattr(model_study, stage)
 
         def watched(*args, **options):
             calls.append(stage)
@@ -161,7 +201,7 @@ def test_a_stage_that_was_finished_before_a_kill_is_not_computed_again(run, tmp_
                 raise KeyboardInterrupt
             return real(*args, **options)
 
-        patch.setattr(study_module, stage, watched)
+        patch.setattr(model_study, stage, watched)
 
     with monkeypatch.context() as patch:
         watch(patch, "discover", dies_at=2)
@@ -222,7 +262,7 @@ def test_an_unknown_second_model_is_said_before_the_first_is_studied(tmp_path, m
     def never(*args, **options):
         raise AssertionError("long work before every model was looked at")
 
-    monkeypatch.setattr(study_module, "sweep", never)
+    monkeypatch.setattr(model_study, "sweep", never)
     with pytest.raises(WeightsError, match="unknown model 'no-such'"):
         study(replace(SETTINGS, models=("tiny-gpt2", "no-such")), str(tmp_path / "run"))
     assert sorted(file.name for file in (tmp_path / "run").iterdir()) == ["run.json"]
@@ -239,7 +279,7 @@ def test_several_models_are_studied_one_after_the_other_and_one_is_in_memory(tmp
         alive.add(model)
         return model
 
-    monkeypatch.setattr(study_module, "load", watched)
+    monkeypatch.setattr(model_study, "load", watched)
     settings = replace(SETTINGS, models=("one", "two"), tasks=("months",), n=2, n_random=1)
     found = study(settings, str(tmp_path / "run"))
     assert [model["name"] for model in found.run["models"]] == ["one", "two"]
@@ -260,7 +300,7 @@ def test_a_task_that_a_model_cannot_do_is_left_out_with_a_note(tmp_path, monkeyp
             raise TaskError("task 'months': these months are not single tokens")
         return task(name, *args, **options)
 
-    monkeypatch.setattr(study_module, "build_task", but_no_months)
+    monkeypatch.setattr(model_study, "build_task", but_no_months)
     run = study(replace(SETTINGS, n=2, n_random=1), str(tmp_path / "run"))
     assert run.run["notes"] == ["tiny-gpt2: task 'months': these months are not single tokens"]
     assert list(circuits_of(run, "tiny-gpt2")) == ["numerals"]
@@ -281,7 +321,7 @@ def test_an_empty_circuit_ends_no_study(tmp_path):
     stages = "faithfulness, sensitivity, edges, edge-faithfulness, roles"
     assert left_out == f"tiny-gpt2: left out for task 'greater_than': {stages}, since its circuit is empty"
     assert run.read_json("results/tiny-gpt2.greater_than.lens.json")["figures"]
-    assert run.read_json("results/tiny-gpt2.greater_than.json")["random_scores"] == []
+    assert run.read_json("results/tiny-gpt2.greater_than.random.json")["random_scores"] == []
     assert run.read_json("results/tiny-gpt2.numerals.faithfulness.json")["data"]["score"]
     assert {row["circuit"] for row in run.read_json("results/tiny-gpt2.transfer.json")["data"]["rows"]} == {"numerals"}
     page = (run.path / "report.html").read_text()
@@ -294,7 +334,7 @@ def test_a_study_whose_circuits_are_all_empty_is_finished_once(tmp_path, monkeyp
     settings = replace(SETTINGS, tasks=("greater_than",))
     run = study(settings, str(tmp_path / "run"))
     assert run.run["notes"][-1] == "tiny-gpt2: transfer is left out: no circuit has heads"
-    monkeypatch.setattr(study_module, "load", lambda *args, **options: pytest.fail("loaded again"))
+    monkeypatch.setattr(model_study, "load", lambda *args, **options: pytest.fail("loaded again"))
     assert study(settings, str(tmp_path / "run"), resume=True).run["notes"] == run.run["notes"]
 
 
@@ -354,7 +394,7 @@ def test_a_model_that_prefers_the_wrong_answer_does_not_do_the_task(tmp_path, mo
         built = task(*args, **options)
         return replace(built, answer=built.wrong, wrong=built.answer)
 
-    monkeypatch.setattr(study_module, "build_task", swapped)
+    monkeypatch.setattr(model_study, "build_task", swapped)
     with pytest.raises(TaskError, match="tiny-gpt2: task 'numerals': the model does not prefer the answers"):
         study(SETTINGS, str(tmp_path / "run"))
 
@@ -371,7 +411,7 @@ def test_other_weights_of_the_same_name_do_not_resume_a_run(tmp_path, monkeypatc
             model.blocks[2].mlp.w_in.weight.mul_(1.01)
         return model
 
-    monkeypatch.setattr(study_module, "load", other_weights)
+    monkeypatch.setattr(model_study, "load", other_weights)
     with pytest.raises(StoreError, match="was run with other weights of tiny-gpt2"):
         study(settings, str(run.path), resume=True)
 
