@@ -277,7 +277,7 @@ def random_figure(scores: Mapping[str, float], baselines: Mapping[str, Sequence[
             axes.annotate(f"{score:.0f}", (score, row), (9, 0), textcoords="offset points", va="center")
         axes.set_yticks(range(len(scores)), names)
         axes.set_ylim(len(scores) - 0.5, -0.5)
-        axes.set_xlabel("score (diamond: the circuit found; lines: random ones, thick where 95 % lie)")
+        axes.set_xlabel("score (diamond: found; lines: random, thick for 95 %)")
         return svg_text(figure)
 
 
