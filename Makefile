@@ -15,7 +15,7 @@ pyvene := pyvene==0.1.8
 
 demo: $(VENV)/installed
 	$(BIN)/subcircuit study --model smollm2-135m --model tiny-gpt2 --tasks numerals,number_words,months \
-		--n 8 --edge-prompts 4 --seed 0 --stages faithfulness,edges,roles,lens,transfer --out runs/demo --overwrite
+		--n 8 --edge-prompts 4 --seed 0 --skip sensitivity,edge-faithfulness --out runs/demo --overwrite
 
 test: $(VENV)/installed
 	$(BIN)/pytest -q

@@ -308,7 +308,9 @@ class ModelStudy:
                 "q": {row["site"]: row["q"] for row in tested},
                 "called": called(tested, task.n),
             }
-        self.directory.write_json(f"results/{self.slug}.{name}.json", values)
+        file = f"results/{self.slug}.{name}.json"
+        if self.directory.json_if_there(file) != values:
+            self.directory.write_json(file, values)
 
     def _against_chance(self, name: str, task: Task, circuit: Circuit, made: list[Ablation]) -> None:
         """What each node of the circuit is worth, and what random circuits score."""

@@ -18,6 +18,7 @@ from subcircuit.analysis.faithfulness import score
 from subcircuit.analysis.records import circuits_of, fingerprint, scores_of, slugs_of
 from subcircuit.analysis.report import write_report
 from subcircuit.analysis.stages import STAGES, TASK_STAGES
+from subcircuit.analysis.store import RunDirectory
 from subcircuit.analysis.study import StudySettings, study
 from subcircuit.analysis.sweep import sweep
 from subcircuit.analysis.tasks import task, transfer_kinds
@@ -42,18 +43,19 @@ def test_a_study_leaves_circuits_scores_and_a_report(run):
         assert score(model, task(name, model, n=8, seed=0), circuit) == pytest.approx(circuit.score, abs=1e-3)
         result = run.read_json(f"results/tiny-gpt2.{name}.json")
         assert result["accuracy"] >= 0.95
-        assert max(result["random_scores"]) < circuit.score
-        assert set(result["drops"]) == {str(node) for node in circuit.nodes}
-        for node, (low, high) in result["drop_intervals"].items():
-            assert low <= result["drops"][node] <= high
-        for what, mean in (("accuracy", result["accuracy"]), ("score", circuit.score)):
-            low, high = result["intervals"][what]
+        chance = run.read_json(f"results/tiny-gpt2.{name}.random.json")
+        assert max(chance["random_scores"]) < circuit.score
+        assert set(chance["drops"]) == {str(node) for node in circuit.nodes}
+        for node, (low, high) in chance["drop_intervals"].items():
+            assert low <= chance["drops"][node] <= high
+        intervals = (result["intervals"]["accuracy"], chance["score_interval"])
+        for (low, high), mean in zip(intervals, (result["accuracy"], circuit.score), strict=True):
             assert low - 1e-4 <= mean <= high + 1e-4
     compare = run.read_json("results/tiny-gpt2.compare.json")
     for i, name in enumerate(circuits):
         assert compare["cross_task"][i][i] == pytest.approx(circuits[name].score, abs=1e-3)
-        result = run.read_json(f"results/tiny-gpt2.{name}.json")
-        assert compare["cross_task_intervals"][i][i] == pytest.approx(result["intervals"]["score"], abs=1e-3)
+        chance = run.read_json(f"results/tiny-gpt2.{name}.random.json")
+        assert compare["cross_task_intervals"][i][i] == pytest.approx(chance["score_interval"], abs=1e-3)
     overlap = compare["overlap_heads"][0][1]
     assert overlap["jaccard"] == pytest.approx(compare["jaccard_heads"][0][1])
     assert f"chance {overlap['expected_jaccard']:.2f}" in (run.path / "report.html").read_text()
@@ -211,7 +213,7 @@ def test_a_stage_that_was_finished_before_a_kill_is_not_computed_again(run, tmp_
     finished = {
         file: file.stat().st_ino for part in ("scores", "circuits", "results") for file in folder.glob(f"{part}/*")
     }
-    assert len(finished) == 3 + len(TASK_STAGES) + 1  # all of the first task, and the second's sweep
+    assert len(finished) == 4 + len(TASK_STAGES) + 2  # all of the first task, and the second's sweep
     calls.clear()
     with monkeypatch.context() as patch:
         for stage in ("sweep", "discover", "node_drops", "random_baseline"):
@@ -244,7 +246,7 @@ def test_what_cannot_be_studied_is_said_before_anything_is_written(tmp_path):
         ({"n": 0}, "n is 0; expected at least 1"),
         ({"n_edge_prompts": 0}, "n_edge_prompts is 0; expected at least 1"),
         ({"n_sensitivity_prompts": 0}, "n_sensitivity_prompts is 0; expected at least 1"),
-        ({"stages": ("lens", "tea")}, "stage 'tea' is not known; expected some of faithfulness"),
+        ({"stages": ("lens", "tea")}, "stage 'tea' is not known; expected some of sweep, prune"),
     ):
         with pytest.raises(PatchError, match=words):
             study(replace(SETTINGS, **wrong), str(tmp_path / "a"))
@@ -285,6 +287,9 @@ def test_several_models_are_studied_one_after_the_other_and_one_is_in_memory(tmp
     assert [model["name"] for model in found.run["models"]] == ["one", "two"]
     one, two = (found.read_json(f"circuits/{slug}.months.json") for slug in ("one", "two"))
     assert one == two
+    [pair] = found.read_json("results/depths.json")["pairs"]
+    assert (pair["models"], pair["tasks"], pair["distance"]) == (["one", "two"], ["months", "months"], 0)
+    assert "Depths of the circuits" in (found.path / "report.html").read_text()
 
 
 def test_resume_and_overwrite_together_delete_nothing(run):
