@@ -289,7 +289,7 @@ def test_several_models_are_studied_one_after_the_other_and_one_is_in_memory(tmp
     assert one == two
     [pair] = found.read_json("results/depths.json")["pairs"]
     assert (pair["models"], pair["tasks"], pair["distance"]) == (["one", "two"], ["months", "months"], 0)
-    assert "Depths of the circuits" in (found.path / "report.html").read_text()
+    assert "Depths of the circuits" in write_report(found).read_text()
 
 
 def test_resume_and_overwrite_together_delete_nothing(run):
