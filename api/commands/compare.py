@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -64,6 +65,9 @@ def compare(
         Path | None,
         typer.Option(help="Write the overlap of heads, or with --dictionary of all nodes, to this SVG file."),
     ] = None,
+    with_mlps: Annotated[
+        bool, typer.Option("--with-mlps", help="Give every circuit all MLPs of its model: its heads are compared.")
+    ] = False,
     overlay: Annotated[
         Path | None, typer.Option(help="Draw the circuits and their edges in one diagram, to this SVG file.")
     ] = None,
@@ -80,6 +84,8 @@ def compare(
     owner = _owners(circuits, model, dictionaries, hooks, dtype, device)
     for file, name in zip(saved, circuits, strict=True):
         warn_of_other_model({file: circuits[name]}, owner[name])
+    if with_mlps:
+        circuits = {name: _with_all_mlps(circuit, owner[name].config) for name, circuit in circuits.items()}
     build = partial(sc.task, n=n, seed=seed, template=template)
     groups = {
         each: {name: circuit for name, circuit in circuits.items() if owner[name] is each} for each in owner.values()
@@ -100,6 +106,10 @@ def compare(
         print(json.dumps(comparison.to_dict() | {"scored": scored}))
     else:
         _print(comparison, scored)
+
+
+def _with_all_mlps(circuit: sc.Circuit, config: ModelConfig) -> sc.Circuit:
+    return replace(circuit, mlps=list(range(config.n_layers)), edges=(), edge_scores={})
 
 
 def _owners(

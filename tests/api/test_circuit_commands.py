@@ -35,6 +35,15 @@ def test_compare_says_what_chance_gives_and_scores_circuits(run, files, tmp_path
     assert low <= found["scored"]["months"]["a"][0] <= high
 
 
+def test_compare_gives_every_circuit_all_mlps(run, files):
+    asked = ("compare", *files, "--model", "tiny-gpt2", "--task", "months", "--n", 4, "--json")
+    with_mlps = json.loads(run(*asked, "--with-mlps")[1])
+    assert [circuit["mlps"] for circuit in with_mlps["circuits"].values()] == [[0, 1, 2, 3]] * 2
+    plain = json.loads(run(*asked)[1])
+    assert with_mlps["scored"]["months"]["a"] == plain["scored"]["months"]["a"]
+    assert with_mlps["scored"]["months"]["b"] != plain["scored"]["months"]["b"]
+
+
 def test_a_circuit_without_a_model_needs_one(run, files):
     status, _, err = run("compare", *files)
     assert (status, err) == (
