@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from subcircuit.analysis.metrics import accuracy, final_logits, logit_difference, probability_difference
+from subcircuit.analysis.metrics import final_logits, is_top, logit_difference, probability_difference
+from subcircuit.analysis.statistics import ends_of
 from subcircuit.analysis.tasks.files import is_file_name
 from subcircuit.analysis.tasks.fitting import tokenizer_and_model
 from subcircuit.analysis.tasks.registry import about, task, task_names
@@ -47,6 +48,8 @@ class TaskCard:
     """The same on the corrupted prompts, where the task has them."""
     probability_difference: float | None = None
     """Mean over prompts of Σ P(answers) − Σ P(wrong answers)."""
+    intervals: dict[str, list[float] | None] = field(default_factory=dict)
+    """Ends of the 95 % bootstrap interval of each of these means, by its name; None of a single prompt."""
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -91,15 +94,15 @@ def _example(made: Task, row: int, tokenizer: Tokenizer) -> dict[str, Any]:
 
 def _measured(made: Task, model: Model) -> dict[str, Any]:
     logits, (answers, wrongs) = final_logits(model, made.clean), made.answer_sets
-    corrupted = None
-    if made.corrupted is not None:
-        corrupted = float(logit_difference(final_logits(model, made.corrupted), answers, wrongs).mean())
-    return {
-        "accuracy": accuracy(logits, answers),
-        "logit_difference": float(logit_difference(logits, answers, wrongs).mean()),
-        "corrupted_logit_difference": corrupted,
-        "probability_difference": float(probability_difference(logits, answers, wrongs).mean()),
+    values = {
+        "accuracy": is_top(logits, answers).double(),
+        "logit_difference": logit_difference(logits, answers, wrongs),
+        "probability_difference": probability_difference(logits, answers, wrongs),
     }
+    if made.corrupted is not None:
+        values["corrupted_logit_difference"] = logit_difference(final_logits(model, made.corrupted), answers, wrongs)
+    means: dict[str, Any] = {name: float(each.mean()) for name, each in values.items()}
+    return means | {"intervals": {name: ends_of(each) for name, each in values.items()}}
 
 
 def tasks_page(models: Mapping[str, Model], command: str, n: int = 32, seed: int = 0, names: Sequence[str] = ()) -> str:

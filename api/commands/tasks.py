@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 import subcircuit as sc
-from subcircuit.console import new_table, out
+from subcircuit.console import interval, new_table, out
 from subcircuit.options import JsonOption, NOption, SeedOption, TemplateOption
 
 if TYPE_CHECKING:
@@ -85,11 +85,12 @@ def _print_card(model: str, card: TaskCard) -> None:
     table.add_row("first difference", f"position {card.first_difference}" if has_corrupted else "–")
     for name, at in card.positions.items():
         table.add_row(f"positions of {name}", ", ".join(map(str, at)))
-    table.add_row("top-1", f"{card.accuracy:.1%}")
+    ends = {name: interval(pair, ".1%" if name == "accuracy" else ".3f") for name, pair in card.intervals.items()}
+    table.add_row("top-1", f"{card.accuracy:.1%} {ends['accuracy']}")
     corrupted = card.corrupted_logit_difference
-    beside = "" if corrupted is None else f" (corrupted {corrupted:.3f})"
-    table.add_row("logit difference", f"{card.logit_difference:.3f}{beside}")
-    table.add_row("probability difference", f"{card.probability_difference:.3f}")
+    beside = "" if corrupted is None else f" (corrupted {corrupted:.3f} {ends['corrupted_logit_difference']})"
+    table.add_row("logit difference", f"{card.logit_difference:.3f} {ends['logit_difference']}{beside}")
+    table.add_row("probability difference", f"{card.probability_difference:.3f} {ends['probability_difference']}")
     out.print(table)
     for example in card.examples[:N_EXAMPLES]:
         out.print(f"\nclean      {example['clean']!r}")

@@ -233,7 +233,7 @@ def test_info_takes_the_model_as_a_word_or_as_an_option(run):
 
 def test_a_study_ends_with_its_findings_and_the_report(run, tmp_path):
     arguments = ("study", *TINY, "--tasks", "numerals", "--out", tmp_path / "run", "--max-sweeps", 1, "--random", 2)
-    arguments += ("--stages", "lens")
+    arguments += ("--stages", "sweep,prune,random,lens,compare")
     status, out, err = run(*arguments)
     assert status == 0
     assert "numerals" in out
