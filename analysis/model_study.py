@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cache, cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 from subcircuit.analysis.baselines import called, random_baseline, suitable_n_random, table_with_q
@@ -144,31 +144,31 @@ class ModelStudy:
     def _study_task(self, name: str, task: Task) -> None:
         scores = self._sweep(name, task)
         self._write_results(name, task, scores)
-        # All clean activations of a task, so only for as long as they are needed.
-        ablation: list[Ablation] = []
+        # It holds all clean activations of a task, so it is made when first needed, and only for these two.
+        ablation = cache(partial(self._ablation, task))
         circuit = self._discover(name, task, ablation)
         if circuit is not None:
             self.circuits[name] = circuit
             self._against_chance(name, task, circuit, ablation)
-        ablation.clear()
+        del ablation
         self._ask_further(name, task, scores, circuit)
 
     def _ask_further(self, name: str, task: Task, scores: Scores | None, circuit: Circuit | None) -> None:
         """The stages that come after a circuit is found."""
         settings = self.settings
         subject = Subject(
-            self.model,
-            task,
-            scores,
-            circuit or Circuit([], []),
-            settings.seed,
-            settings.precision,
-            settings.executor,
-            self._n_random(),
-            self._n_random(of_edges=True),
-            settings.n_edge_prompts,
-            self._n_sensitivity_prompts,
-            lambda: self._repeated,
+            model=self.model,
+            task=task,
+            scores=scores,
+            circuit=Circuit([], []) if circuit is None else circuit,
+            seed=settings.seed,
+            precision=settings.precision,
+            executor=settings.executor,
+            n_random=self._n_random(),
+            n_random_edges=self._n_random(of_edges=True),
+            n_edge_prompts=settings.n_edge_prompts,
+            n_sensitivity_prompts=self._n_sensitivity_prompts,
+            repeated=lambda: self._repeated,
         )
         if circuit is not None and not circuit.nodes:
             self._note(f"{self.name}: the circuit of task {name!r} is empty: {why_empty(circuit)}")
@@ -243,11 +243,8 @@ class ModelStudy:
             return self.settings.n_sensitivity_prompts
         return self.settings.n if is_small(self.model) else 3
 
-    def _ablation(self, task: Task, made: list[Ablation]) -> Ablation:
-        """The task's ablation, made when it is first needed."""
-        if not made:
-            made.append(Ablation(self.model, task, executor=self.settings.executor, precision=self.settings.precision))
-        return made[0]
+    def _ablation(self, task: Task) -> Ablation:
+        return Ablation(self.model, task, executor=self.settings.executor, precision=self.settings.precision)
 
     def _sweep(self, name: str, task: Task) -> Scores | None:
         file, settings = f"scores/{self.slug}.{name}.safetensors", self.settings
@@ -278,7 +275,7 @@ class ModelStudy:
         ]
         self.directory.write_text("scores.csv", csv_text(rows))
 
-    def _discover(self, name: str, task: Task, ablation: list[Ablation]) -> Circuit | None:
+    def _discover(self, name: str, task: Task, ablation: Callable[[], Ablation]) -> Circuit | None:
         """The task's circuit, found or read; None where none is there and none is asked for."""
         file, settings = f"circuits/{self.slug}.{name}.json", self.settings
         if self._asked("prune", file):
@@ -289,7 +286,7 @@ class ModelStudy:
                     threshold=settings.threshold,
                     first=settings.first,
                     max_sweeps=settings.max_sweeps,
-                    ablation=self._ablation(task, ablation),
+                    ablation=ablation(),
                     progress=step,
                 )
             about = {"n_prompts": task.n, **_about(task)}
@@ -312,18 +309,17 @@ class ModelStudy:
         if self.directory.json_if_there(file) != values:
             self.directory.write_json(file, values)
 
-    def _against_chance(self, name: str, task: Task, circuit: Circuit, made: list[Ablation]) -> None:
+    def _against_chance(self, name: str, task: Task, circuit: Circuit, ablation: Callable[[], Ablation]) -> None:
         """What each node of the circuit is worth, and what random circuits score."""
         file, seed = f"results/{self.slug}.{name}.random.json", self.settings.seed
         if not self._asked("random", file):
             return
         with self._stage(f"{name}, drops and random circuits") as step:
-            ablation = self._ablation(task, made)
-            drops = node_drops(ablation, circuit, seed=seed)
-            score = ablation.score_intervals(ablation.kept_values([circuit.nodes])[0], seed=seed)
+            drops = node_drops(ablation(), circuit, seed=seed)
+            score = ablation().score_intervals(ablation().kept_values([circuit.nodes])[0], seed=seed)
             random_scores: list[float] = []
             if circuit.nodes:  # those without are all the same one
-                baseline = random_baseline(ablation, circuit, self._n_random(), seed=seed, progress=step)
+                baseline = random_baseline(ablation(), circuit, self._n_random(), seed=seed, progress=step)
                 random_scores = baseline.scores.tolist()
         several = task.n > 1  # a single prompt does not say how others differ
         values = {
@@ -339,7 +335,7 @@ class ModelStudy:
         if "compare" not in self.settings.stages or not self.circuits:
             return
         with self._stage("circuits on each other's tasks") as step:
-            scores = crossed(self.circuits, lambda name: self._ablation(self.tasks[name], []), self.settings.seed, step)
+            scores = crossed(self.circuits, lambda name: self._ablation(self.tasks[name]), self.settings.seed, step)
         values = in_common(self.circuits, self.model.config) | scores
         self.directory.write_json(f"results/{self.slug}.compare.json", values)
 
