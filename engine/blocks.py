@@ -17,6 +17,7 @@ from subcircuit.engine.errors import HookError
 from subcircuit.engine.hooks import HookTable
 from subcircuit.engine.inputs import KVCache
 from subcircuit.engine.rope import rotate
+from subcircuit.kernels.linear import linear
 
 Residual = Float[Tensor, "batch pos d_model"]
 FireHook = Callable[[str, Tensor], Tensor]
@@ -78,6 +79,13 @@ class Norm(nn.Module):
         return out if self.bias is None else out + self.bias
 
 
+class Linear(nn.Linear):
+    """`nn.Linear`, by the fastest product there is where nobody asks for gradients."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if torch.is_grad_enabled() else linear(x, self.weight, self.bias)
+
+
 class Attention(nn.Module):
     """Causal self-attention; grouped-query where there are fewer KV heads than query heads."""
 
@@ -85,10 +93,10 @@ class Attention(nn.Module):
         super().__init__()
         self.config = config
         d_q, d_kv = config.n_heads * config.d_head, config.kv_heads * config.d_head
-        self.w_q = nn.Linear(config.d_model, d_q, bias=config.qkv_bias)
-        self.w_k = nn.Linear(config.d_model, d_kv, bias=config.qkv_bias)
-        self.w_v = nn.Linear(config.d_model, d_kv, bias=config.qkv_bias)
-        self.w_o = nn.Linear(d_q, config.d_model, bias=config.attn_out_bias)
+        self.w_q = Linear(config.d_model, d_q, bias=config.qkv_bias)
+        self.w_k = Linear(config.d_model, d_kv, bias=config.qkv_bias)
+        self.w_v = Linear(config.d_model, d_kv, bias=config.qkv_bias)
+        self.w_o = Linear(d_q, config.d_model, bias=config.attn_out_bias)
 
     @property
     def W_Q(self) -> Float[Tensor, "head d_model d_head"]:
@@ -158,9 +166,9 @@ class MLP(nn.Module):
         super().__init__()
         self.activation = config.activation
         bias = config.mlp_bias
-        self.w_in = nn.Linear(config.d_model, config.d_mlp, bias=bias)
-        self.w_gate = nn.Linear(config.d_model, config.d_mlp, bias=bias) if config.gated_mlp else None
-        self.w_out = nn.Linear(config.d_mlp, config.d_model, bias=bias)
+        self.w_in = Linear(config.d_model, config.d_mlp, bias=bias)
+        self.w_gate = Linear(config.d_model, config.d_mlp, bias=bias) if config.gated_mlp else None
+        self.w_out = Linear(config.d_mlp, config.d_model, bias=bias)
 
     def forward(self, x: Residual, layer: int, run: Pass) -> Residual:
         hooks, name = run.hooks, f"blocks.{layer}.mlp"

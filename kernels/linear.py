@@ -20,15 +20,17 @@ LARGE = 2**23
 """Multiplications from which on oneDNN's overhead does not matter."""
 
 
-def linear(delta: Float[Tensor, "*rows d_in"], weight: Float[Tensor, "d_out d_in"]) -> Float[Tensor, "*rows d_out"]:
-    """δ Wᵀ in the dtype of the weight, which may be one that was `laid_out`. Without gradients."""
+def linear(
+    delta: Float[Tensor, "*rows d_in"], weight: Float[Tensor, "d_out d_in"], bias: Float[Tensor, "d_out"] | None = None
+) -> Float[Tensor, "*rows d_out"]:
+    """δ Wᵀ (+ bias) in the dtype of the weight, which may be one that was `laid_out`. Without gradients."""
     rows = delta.to(weight.dtype).reshape(-1, weight.shape[1])  # of a slice, F.linear would copy the weight instead
     out: Tensor
     is_large = rows.numel() * len(weight) >= LARGE
     if weight.is_mkldnn or (weight.dtype == torch.float32 and is_large and _is_for_onednn(weight)):
-        out = torch.ops.mkldnn._linear_pointwise(rows, weight, None, "none", [], "")
+        out = torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
     else:
-        out = F.linear(rows, weight)
+        out = F.linear(rows, weight, bias)
     return out.view(*delta.shape[:-1], -1)
 
 

@@ -131,8 +131,9 @@ class _Bench:
         return DeltaRun(self.model, self.weights, dtype, self.session.prompts, chunk, sources, backend, metric)
 
     def block_flops(self, n_sets: int, n_prompts: int) -> int:
-        n_pos = self.session.n_pos
-        return chunk_flops(self.config, {}, n_sets, n_pos, 0, self.first, entering=True)[0].all * n_prompts
+        session = self.session
+        flops = chunk_flops(self.config, session.backend, {}, n_sets, session.n_pos, 0, self.first, entering=True)
+        return flops[0].all * n_prompts
 
     def block_seconds(self, n_sets: int, n_prompts: int) -> float:
         """Of the first block, for a δ of random numbers."""
@@ -143,9 +144,10 @@ class _Bench:
         return self._seconds(lambda: run._block(0, delta, Patches({}, {}), self.first))
 
     def entry_flops(self, patch_sets: Sequence[PatchSet], n_prompts: int) -> int:
-        start = self._last_layer()
-        masks = self.session.masks(patch_sets, start)
-        flops = chunk_flops(self.config, masks, len(patch_sets), self.session.n_pos, start.layer, self.first)
+        start, session = self._last_layer(), self.session
+        masks = session.masks(patch_sets, start)
+        shape = len(patch_sets), session.n_pos, start.layer, self.first
+        flops = chunk_flops(self.config, session.backend, masks, *shape)
         return flops[start.layer].all * n_prompts
 
     def entry_seconds(self, patch_sets: Sequence[PatchSet], n_prompts: int) -> float:

@@ -37,6 +37,7 @@ from subcircuit.engine.model import HookedTransformer
 from subcircuit.engine.patching.answers import token_sets
 from subcircuit.engine.patching.compile import HookPatch, compile_masks, hook_patches, patched
 from subcircuit.engine.patching.features import FeaturePatch, feature_patches
+from subcircuit.engine.patching.flops import projects_no_keys
 from subcircuit.engine.patching.metric import MetricReadout, Metrics
 from subcircuit.engine.patching.plan import Start, last_changed
 from subcircuit.engine.patching.sites import PatchSet
@@ -48,6 +49,7 @@ from subcircuit.kernels.backend import Backend
 from subcircuit.kernels.head_fanout import head_fanout
 from subcircuit.kernels.linear import laid_out, linear
 from subcircuit.kernels.norm_delta import norm_delta
+from subcircuit.kernels.query_delta import query_delta
 
 Delta = Float[Tensor, "#set prompt pos d"]
 
@@ -420,8 +422,39 @@ class DeltaRun:
         self, layer: int, delta: Split, patches: Patches, at_z: Sequence[HookPatch], first: int, n_read: int
     ) -> tuple[Delta | None, Float[Tensor, "set prompt pos head d_head"] | None]:
         """δ entering a layer, in one piece, and δz with the patches there; None where only these make a difference."""
+        if n_read == 1 and self._projects_no_keys(layer, delta, patches, first):
+            return self._delta_z_of_last_query(layer, delta, patches, at_z, first)
         resid, delta_qkv = self._delta_qkv(layer, delta, first, n_read)
         return resid, self._attend(layer, delta_qkv, patches, at_z, n_read)
+
+    def _projects_no_keys(self, layer: int, delta: Split, patches: Patches, first: int) -> bool:
+        """Whether δz of one query is best computed without keys and values of all positions; no patch asks for them."""
+        n_moved, n_new = next((part.shape[2] for part in delta if part is not None), 0), self.n_pos - first
+        replaced = any(patches.at(f"blocks.{layer}.attn.hook_{x}") for x in "kv")
+        return n_moved == n_new and not replaced and projects_no_keys(self.config, n_new, self.backend)
+
+    def _delta_z_of_last_query(
+        self, layer: int, delta: Split, patches: Patches, at_z: Sequence[HookPatch], first: int
+    ) -> tuple[Delta | None, Float[Tensor, "set prompt one head d_head"]]:
+        clean, weights, block = self.clean[layer], self.weights(layer), cast(Block, self.model.blocks[layer])
+        resid, normed = self._norm_delta(clean.resid_pre[:, first:], clean.normed1[:, first:], delta, block.ln1)
+        delta_q = patched(linear(normed[:, :, -1:], weights.q), patches.at(f"blocks.{layer}.attn.hook_q"), 1)
+        delta_z = query_delta(
+            clean.q[:, -1:],
+            clean.k,
+            clean.v,
+            clean.z[:, -1:],
+            cast(Tensor, self._heads(delta_q)),
+            None if self._rotation is None else self._heads(linear(normed, weights.k)),
+            normed,
+            block.attn.w_k.weight,
+            block.attn.w_v.weight,
+            self.product_dtype,
+            rotation=self._rotation,
+        )
+        for at in at_z:
+            delta_z = replace_heads(delta_z, (at.mask[:, -1:], at.delta[:, -1:]))
+        return resid, delta_z
 
     def _delta_qkv(
         self, layer: int, delta: Split, first: int, n_read: int

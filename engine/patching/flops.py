@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from subcircuit.engine.config import ModelConfig
 from subcircuit.engine.patching.compile import MaskArray, Masks, one_head_each, replaces_all
 from subcircuit.engine.patching.metric import Metrics, needs_vocabulary
+from subcircuit.kernels.backend import Backend
+from subcircuit.kernels.query_delta import is_query_delta_cheaper
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,7 @@ class Flops:
 
 def chunk_flops(
     config: ModelConfig,
+    backend: Backend,
     masks: Masks,
     n_sets: int,
     n_pos: int,
@@ -42,7 +45,7 @@ def chunk_flops(
     δ enters that layer already, `n_moved` at how many positions, if not at all."""
     layers: dict[int, Flops] = {}
     for layer in range(from_layer, config.n_layers):
-        block = _Block(config, layer, masks, n_sets, n_pos, first, n_moved)
+        block = _Block(config, backend, layer, masks, n_sets, n_pos, first, n_moved)
         layers[layer], entering = block.flops(entering)
         n_moved = None
     return layers
@@ -60,11 +63,19 @@ def readout_flops(config: ModelConfig, metric: Metrics) -> int:
     return 2 * config.d_model * config.d_vocab if needs_vocabulary(metric) else 0
 
 
+def projects_no_keys(config: ModelConfig, n_new: int, backend: Backend) -> bool:
+    """Whether the last layer's keys and values are left out where a δ enters at `n_new` positions. On a GPU the small
+    products of single heads would take longer than the large ones that they replace."""
+    shape = config.n_heads, config.kv_heads, config.d_head, config.d_model
+    return backend == "native" and is_query_delta_cheaper(n_new, *shape)
+
+
 @dataclass(frozen=True)
 class _Block:
     """One layer of a chunk. What it asks of the masks, `DeltaRun` asks of the patches made from them."""
 
     config: ModelConfig
+    backend: Backend
     layer: int
     masks: Masks
     n_sets: int
@@ -90,6 +101,11 @@ class _Block:
     def _at(self, hook: str) -> list[MaskArray]:
         return list(self.masks.get(f"blocks.{self.layer}.{hook}", {}).values())
 
+    @property
+    def _projects_no_keys(self) -> bool:
+        replaced = self._at("attn.hook_k") or self._at("attn.hook_v")
+        return self._n_read == 1 and not replaced and projects_no_keys(self.config, self._n_new, self.backend)
+
     def _product(self, n_tokens: int, n_in: int, n_out: int) -> Flops:
         return Flops(products=2 * self.n_sets * n_tokens * n_in * n_out)
 
@@ -102,7 +118,10 @@ class _Block:
                 moved = self._n_new if self.n_moved is None or self._at("hook_resid_pre") else self.n_moved
                 n_queries = moved if n_read == self._n_new else n_read if moved == self._n_new else 0
                 flops += self._product(n_queries, config.d_model, n_q)
-                flops += self._product(moved, config.d_model, 2 * n_kv)
+                if moved == self._n_new and self._projects_no_keys:
+                    flops += self._in_place_of_keys_and_values()
+                else:
+                    flops += self._product(moved, config.d_model, 2 * n_kv)
             delta_z = entering or any(self._at(f"attn.hook_{x}") for x in "qkv")
         if delta_z:
             flops += Flops(attention=4 * self.n_sets * n_read * self.n_pos * n_q)
@@ -110,6 +129,16 @@ class _Block:
             return flops + self._product(n_read, config.d_head, config.d_model), True
         leaving = delta_z or bool(at_z)
         return flops + self._product(n_read, n_q, config.d_model) if leaving else flops, leaving
+
+    def _in_place_of_keys_and_values(self) -> Flops:
+        """What `query_delta` multiplies with δn: a vector of each head, made with a weight, or turned keys."""
+        config, n_new = self.config, self._n_new
+        n_q, n_kv = config.n_heads * config.d_head, config.kv_heads * config.d_head
+        values = Flops(attention=2 * self.n_sets * config.d_model * (n_q + config.n_heads * n_new))
+        if config.positions == "rope":
+            keys = self._product(n_new, config.d_model, n_kv) + Flops(attention=2 * self.n_sets * n_q * n_new)
+            return keys + values
+        return values * 2
 
     def _mlp(self, entering: bool) -> tuple[Flops, bool]:
         config, at_out, n_read = self.config, self._at("hook_mlp_out"), self._n_read

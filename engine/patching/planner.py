@@ -166,13 +166,15 @@ class _Work:
 
 def _row_flops(session: DeltaSession, patch_sets: Sequence[PatchSet], start: Start) -> dict[int, Flops]:
     """FLOPs by layer of one prompt's rows that start together."""
-    config, n_pos, first = session.model.config, session.n_pos, start.first
+    config, backend, n_pos, first = session.model.config, session.backend, session.n_pos, start.first
     end = last_changed(patch_sets, start, config.n_layers, n_pos) + 1
     masks, n_sets = session.masks(patch_sets, start), len(patch_sets)
     if end == n_pos:
-        return chunk_flops(config, masks, n_sets, n_pos, start.layer, first)
-    short = chunk_flops(config, session.masks(patch_sets, start, end), n_sets, end, start.layer, first)
-    above = chunk_flops(config, masks, n_sets, n_pos, start.layer + 1, first, entering=True, n_moved=end - first)
+        return chunk_flops(config, backend, masks, n_sets, n_pos, start.layer, first)
+    short = chunk_flops(config, backend, session.masks(patch_sets, start, end), n_sets, end, start.layer, first)
+    above = chunk_flops(
+        config, backend, masks, n_sets, n_pos, start.layer + 1, first, entering=True, n_moved=end - first
+    )
     return {start.layer: short[start.layer]} | above
 
 

@@ -296,6 +296,25 @@ def test_bad_options_and_unaligned_prompts_are_named(case):
         patch_effects(model, random_prompts(SEED, n_pos=40), ["a0.h0"])
 
 
+def test_the_last_layer_needs_no_keys_and_values_of_its_own(case, monkeypatch):
+    """But where they are patched, or where there are few."""
+    from subcircuit.engine.patching import delta
+
+    model, prompts = case
+    seen, original = [], delta.query_delta
+    monkeypatch.setattr(delta, "query_delta", lambda *args, **options: seen.append(1) or original(*args, **options))
+    for above in [(), ("a2.h1", "a2.q0", "m2"), (at("a2.h0", -1), at("a2.h3", 0)), ("r2",)]:
+        for source in ("mean", "zero"):
+            sets, seen[:] = [("a0.h1", *above), ("m0", *above)], []
+            reference = patch_effects(model, prompts, sets, source=source, executor="reference", precision="fp64")
+            result = patch_effects(model, prompts, sets, source=source, precision="fp64")
+            assert relative_error(result.effects, reference.effects) < 1e-12
+            assert seen
+    seen.clear()
+    patch_effects(model, prompts, [("a0.h1", "a2.k0"), ("a0.h1", "a2.v1"), at("a1.h0", -1)], source="mean")
+    assert not seen
+
+
 def test_positions_that_attention_has_not_reached_are_not_computed(case, monkeypatch):
     model, prompts = case
     seen = positions_of_norms(monkeypatch)

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from patching_cases import CONFIGS, random_model, random_prompts
 from subcircuit.engine.errors import PatchError
-from subcircuit.engine.patching import Component, DeltaSession, Patch, Site
+from subcircuit.engine.patching import Component, DeltaSession, Patch, Site, delta
 from subcircuit.engine.patching.delta import DeltaRun
 from subcircuit.engine.patching.planner import plan_effects
 from subcircuit.engine.patching.sites import as_patch_set
@@ -61,7 +61,7 @@ def executed(session, sets):
     """FLOPs by layer, all and those of attention, and rows by chunk, while a session runs patch sets."""
     n_layers = session.model.config.n_layers
     everything, attention, chunks = [0] * n_layers, [0] * n_layers, []
-    block, enter = DeltaRun._block, DeltaRun.enter
+    block, enter, query_delta = DeltaRun._block, DeltaRun.enter, delta.query_delta
 
     def counted_block(run, layer, *args):
         with FlopCounterMode(display=False) as counter:
@@ -71,6 +71,12 @@ def executed(session, sets):
         attention[layer] += 2 * flops.get(torch.ops.aten.baddbmm, 0)  # the scores; the values cost as much
         return result
 
+    def counted_query_delta(*args, **options):
+        with FlopCounterMode(display=False) as counter:
+            result = query_delta(*args, **options)
+        attention[n_layers - 1] += counter.get_total_flops()
+        return result
+
     def counted_enter(run, patch_sets, *args):
         chunks.append(len(patch_sets) * run.n_prompts)
         return enter(run, patch_sets, *args)
@@ -78,6 +84,7 @@ def executed(session, sets):
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(DeltaRun, "_block", counted_block)
         patched.setattr(DeltaRun, "enter", counted_enter)
+        patched.setattr(delta, "query_delta", counted_query_delta)
         session.effects(sets)
     return tuple(everything), tuple(attention), chunks
 
@@ -123,9 +130,13 @@ def test_one_row_alone_costs_a_single_head_and_then_the_layers_above(case):
     one = replace(prompts, **{k: getattr(prompts, k)[:1] for k in ("clean", "corrupted", "answer", "wrong")})
     plan = plan_effects(model, one, ["a1.h0"], calibrate=False)  # the first difference is at 3 of 9
     layer_1 = 2 * 6 * d * (config.d_head + n_mlp)
-    layer_2 = 2 * d * (d_heads + 6 * 2 * d_kv + d_heads + n_mlp)
+    layer_2, attention_2 = 2 * d * (d_heads + d_heads + n_mlp), 4 * 9 * d_heads
+    if config.kv_heads == config.n_heads:  # with two heads to a key, 6 positions are too few
+        attention_2 += 2 * 2 * d * (d_heads + config.n_heads * 6)
+    else:
+        layer_2 += 2 * d * 6 * 2 * d_kv
     assert plan.product_flops == (0, layer_1, layer_2)
-    assert plan.attention_flops == (0, 0, 4 * 9 * d_heads)
+    assert plan.attention_flops == (0, 0, attention_2)
 
 
 def test_the_prediction_says_seconds_and_the_plan_is_plain_data(case):

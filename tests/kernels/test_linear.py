@@ -25,7 +25,8 @@ def test_products_of_slices_equal_those_in_float64(dtype, shape, widths):
     weight = torch.randn(2 * d_out, d_in, generator=generator).to(dtype)[d_out:]
     expected = delta.to(dtype).double() @ weight.double().T
     transposed = weight.T.contiguous().T
+    bias = torch.randn(d_out, generator=generator).to(dtype)
     for each in (weight, laid_out(weight), transposed, laid_out(transposed)):
-        found = linear(delta, each)
-        assert (found.shape, found.dtype) == ((*shape, d_out), dtype)
-        assert relative_error(found.double(), expected) < TOLERANCE[dtype]
+        for found, by_hand in ((linear(delta, each), expected), (linear(delta, each, bias), expected + bias.double())):
+            assert (found.shape, found.dtype) == ((*shape, d_out), dtype)
+            assert relative_error(found.double(), by_hand) < TOLERANCE[dtype]
