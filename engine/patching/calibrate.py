@@ -132,8 +132,8 @@ class _Bench:
 
     def block_flops(self, n_sets: int, n_prompts: int) -> int:
         session = self.session
-        flops = chunk_flops(self.config, session.backend, {}, n_sets, session.n_pos, 0, self.first, entering=True)
-        return flops[0].all * n_prompts
+        size = n_sets, n_prompts, session.n_pos
+        return chunk_flops(self.config, session.backend, {}, *size, 0, self.first, entering=True)[0].all
 
     def block_seconds(self, n_sets: int, n_prompts: int) -> float:
         """Of the first block, for a δ of random numbers."""
@@ -146,9 +146,8 @@ class _Bench:
     def entry_flops(self, patch_sets: Sequence[PatchSet], n_prompts: int) -> int:
         start, session = self._last_layer(), self.session
         masks = session.masks(patch_sets, start)
-        shape = len(patch_sets), session.n_pos, start.layer, self.first
-        flops = chunk_flops(self.config, session.backend, masks, *shape)
-        return flops[start.layer].all * n_prompts
+        size = len(patch_sets), n_prompts, session.n_pos
+        return chunk_flops(self.config, session.backend, masks, *size, start.layer, self.first)[start.layer].all
 
     def entry_seconds(self, patch_sets: Sequence[PatchSet], n_prompts: int) -> float:
         """Of rows that start in the last layer, from their patches to their effects."""

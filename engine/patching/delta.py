@@ -37,7 +37,7 @@ from subcircuit.engine.model import HookedTransformer
 from subcircuit.engine.patching.answers import token_sets
 from subcircuit.engine.patching.compile import HookPatch, compile_masks, hook_patches, patched
 from subcircuit.engine.patching.features import FeaturePatch, feature_patches
-from subcircuit.engine.patching.flops import projects_no_keys
+from subcircuit.engine.patching.flops import projects_no_keys, reads_heads
 from subcircuit.engine.patching.metric import MetricReadout, Metrics
 from subcircuit.engine.patching.plan import Start, last_changed
 from subcircuit.engine.patching.sites import PatchSet
@@ -47,6 +47,7 @@ from subcircuit.kernels.activation_delta import activation_delta
 from subcircuit.kernels.attention_delta import attention_delta, replace_heads
 from subcircuit.kernels.backend import Backend
 from subcircuit.kernels.head_fanout import head_fanout
+from subcircuit.kernels.head_pre import head_directions, head_pre, norm_change
 from subcircuit.kernels.linear import laid_out, linear
 from subcircuit.kernels.norm_delta import norm_delta
 from subcircuit.kernels.query_delta import query_delta
@@ -516,11 +517,10 @@ class DeltaRun:
             return _joined(delta_mid), patches.applied(f"{name}.hook_mlp_out", None, n_read)
         resid = delta_post = None
         if not _is_nothing(delta_mid):
-            norm = cast(Block, self.model.blocks[layer]).ln2
-            resid, normed = self._norm_delta(clean.resid_mid[:, -n_read:], clean.normed2[:, -n_read:], delta_mid, norm)
-            delta_inner = linear(normed, weights.inner)
-            delta_gate = None if weights.gate is None else linear(normed, weights.gate)
-            delta_pre, delta_linear = (delta_inner, None) if delta_gate is None else (delta_gate, delta_inner)
+            if self._is_narrow(layer, delta_mid, patches, n_read):
+                resid, delta_pre, delta_linear = self._pre_of_heads(layer, delta_mid, patches, n_read)
+            else:
+                resid, delta_pre, delta_linear = self._pre(layer, delta_mid, n_read)
             delta_post = activation_delta(
                 clean.pre[:, -n_read:],
                 clean.post[:, -n_read:],
@@ -534,6 +534,45 @@ class DeltaRun:
         delta_post = patched(delta_post, patches.at(f"{name}.mlp.hook_post"), n_read)
         delta_out = None if delta_post is None else linear(delta_post, weights.out)
         return resid, patches.applied(f"{name}.hook_mlp_out", delta_out, n_read)
+
+    def _pre(self, layer: int, delta_mid: Split, n_read: int) -> tuple[Delta, Delta, Delta | None]:
+        """δ between a layer's halves, in one piece, and what it makes of the MLP's pre-activations and, where it is
+        gated, of their linear part."""
+        clean, weights, norm = self.clean[layer], self.weights(layer), cast(Block, self.model.blocks[layer]).ln2
+        resid, normed = self._norm_delta(clean.resid_mid[:, -n_read:], clean.normed2[:, -n_read:], delta_mid, norm)
+        delta_inner = linear(normed, weights.inner)
+        return (
+            (resid, delta_inner, None) if weights.gate is None else (resid, linear(normed, weights.gate), delta_inner)
+        )
+
+    def _is_narrow(self, layer: int, delta_mid: Split, patches: Patches, n_read: int) -> bool:
+        """Whether nothing but one head of each set makes a difference yet, and the MLP had better read it as such."""
+        name = f"blocks.{layer}.attn.hook"
+        at_z, others = patches.at(f"{name}_z"), any(patches.at(f"{name}_{x}") for x in "qkv")
+        alone = delta_mid[0] is None and not others and patches.feature_at(f"{name}_z") is None
+        one_each = len(at_z) == 1 and at_z[0].single_heads is not None
+        return alone and one_each and reads_heads(self.config, self.n_prompts * n_read, self.backend)
+
+    def _pre_of_heads(
+        self, layer: int, delta_mid: Split, patches: Patches, n_read: int
+    ) -> tuple[Delta, Delta, Delta | None]:
+        """`_pre` where a single head of each set is all that differs."""
+        clean, weights, block = self.clean[layer], self.weights(layer), cast(Block, self.model.blocks[layer])
+        (patch,), norm, mlp = patches.at(f"blocks.{layer}.attn.hook_z"), block.ln2, block.mlp
+        heads, resid = cast(Tensor, patch.single_heads), cast(Tensor, _joined(delta_mid))
+        centred = norm.bias is not None
+        change = norm_change(clean.resid_mid[:, -n_read:], resid, norm.eps, centred)
+        directions = head_directions(block.attn.w_o.weight, heads, self.config.d_head, norm.weight, centred)
+
+        def pre(module: Linear, weight: Tensor, clean_pre: Tensor) -> Delta:
+            constant = module.bias if norm.bias is None else module(norm.bias)
+            return head_pre(
+                patch.delta[:, -n_read:], heads, directions, change, weight, clean_pre[:, -n_read:], constant
+            )
+
+        if mlp.w_gate is None or weights.gate is None or clean.pre_linear is None:
+            return resid, pre(mlp.w_in, weights.inner, clean.pre), None
+        return resid, pre(mlp.w_gate, weights.gate, clean.pre), pre(mlp.w_in, weights.inner, clean.pre_linear)
 
     def _norm_delta(self, clean: Tensor, clean_normed: Tensor, delta: Split, norm: Norm) -> tuple[Delta, Delta]:
         """δ in one piece, and the norm's change under it, in the precision of the products."""

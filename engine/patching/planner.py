@@ -150,7 +150,7 @@ class _Work:
         self.prompts, self.chunk = prompts, chunk
         start, n_sets, n_pos = chunk.start, len(chunk.sets), session.n_pos
         chosen = [sets[i] for i in chunk.sets]
-        self.flops = {layer: flops * len(prompts) for layer, flops in _row_flops(session, chosen, start).items()}
+        self.flops = _row_flops(session, chosen, len(prompts), start)
         self.n_rows = n_sets * len(prompts)
         self.n_tokens = self.n_rows * (n_pos - start.first)
         # Rows, the difference of source and clean that they share, and at least a layer of the clean run's forward.
@@ -164,16 +164,16 @@ class _Work:
         return blocks + speed.entry.seconds(self.n_tokens)
 
 
-def _row_flops(session: DeltaSession, patch_sets: Sequence[PatchSet], start: Start) -> dict[int, Flops]:
-    """FLOPs by layer of one prompt's rows that start together."""
+def _row_flops(session: DeltaSession, patch_sets: Sequence[PatchSet], n_prompts: int, start: Start) -> dict[int, Flops]:
+    """FLOPs by layer of rows that start together."""
     config, backend, n_pos, first = session.model.config, session.backend, session.n_pos, start.first
     end = last_changed(patch_sets, start, config.n_layers, n_pos) + 1
-    masks, n_sets = session.masks(patch_sets, start), len(patch_sets)
+    masks, size = session.masks(patch_sets, start), (len(patch_sets), n_prompts)
     if end == n_pos:
-        return chunk_flops(config, backend, masks, n_sets, n_pos, start.layer, first)
-    short = chunk_flops(config, backend, session.masks(patch_sets, start, end), n_sets, end, start.layer, first)
+        return chunk_flops(config, backend, masks, *size, n_pos, start.layer, first)
+    short = chunk_flops(config, backend, session.masks(patch_sets, start, end), *size, end, start.layer, first)
     above = chunk_flops(
-        config, backend, masks, n_sets, n_pos, start.layer + 1, first, entering=True, n_moved=end - first
+        config, backend, masks, *size, n_pos, start.layer + 1, first, entering=True, n_moved=end - first
     )
     return {start.layer: short[start.layer]} | above
 

@@ -315,6 +315,28 @@ def test_the_last_layer_needs_no_keys_and_values_of_its_own(case, monkeypatch):
     assert not seen
 
 
+def test_the_mlp_behind_a_patched_head_reads_the_head(case, monkeypatch):
+    """But where something else differs too, or where a head has few tokens."""
+    from subcircuit.engine.patching import delta
+
+    model, prompts = case
+    seen, original = [], delta.head_pre
+    monkeypatch.setattr(delta, "head_pre", lambda *args: seen.append(1) or original(*args))
+    for above in [(), ("m0",), ("m0.n3",), ("r1",), ("a1.q0", "a1.h2", "a2.k1")]:
+        for source in ("mean", "zero"):
+            sets, seen[:] = [(f"a0.h{head}", *above) for head in (0, 2, 3, 2)], []
+            reference = patch_effects(model, prompts, sets, source=source, executor="reference", precision="fp64")
+            result = patch_effects(model, prompts, sets, source=source, precision="fp64")
+            assert relative_error(result.effects, reference.effects) < 1e-12
+            assert seen or above == ("m0",)
+    seen.clear()
+    for sets in ([("a0.h1", "a0.q1")], [("a0.h1", "r0")], [("a0.h1", "a0.h2")], [at("a0.h1", 1)], ["a2.h0"]):
+        patch_effects(model, prompts, sets, source="mean")
+    session = DeltaSession(model, prompts, source="mean")
+    session.effects(["a1.h1"], base=as_patch_set("a0.h0"))
+    assert len(seen) == 1 + model.config.gated_mlp  # for the base itself
+
+
 def test_positions_that_attention_has_not_reached_are_not_computed(case, monkeypatch):
     model, prompts = case
     seen = positions_of_norms(monkeypatch)

@@ -89,7 +89,9 @@ def executed(session, sets):
     return tuple(everything), tuple(attention), chunks
 
 
-@pytest.mark.parametrize(("source", "budget_bytes"), [("corrupted", None), ("mean", 60_000), ("corrupted", 500_000)])
+@pytest.mark.parametrize(
+    ("source", "budget_bytes"), [("corrupted", None), ("mean", 60_000), ("corrupted", 500_000), ("zero", None)]
+)
 @pytest.mark.parametrize("family", SETS)
 def test_flops_and_chunks_are_those_of_the_executor(case, family, source, budget_bytes):
     model, prompts = case
