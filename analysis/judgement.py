@@ -20,7 +20,7 @@ ALIKE = {
 
 
 def judgement(
-    found: Evaluation, baseline: Baseline, curve: Curve | None, noun: str, ranked: str
+    found: Evaluation, baseline: Baseline, curve: Curve, noun: str, ranked: str
 ) -> tuple[tuple[str, ...], tuple[Table, ...], dict[str, Any]]:
     """Sentences, tables and plain values. `noun` is "node" or "edge", `ranked` what the curve's ranking is of."""
     recovered = {
@@ -30,15 +30,14 @@ def judgement(
     }
     drops = {name: Interval(*(part[i] for part in found.drops)) for i, name in enumerate(found.items)}
     dearest = dict(sorted(drops.items(), key=lambda item: item[1].at(), reverse=True))
-    tables = [
+    caption = f"Areas under the recovered share of the most important {ranked} (CPR), and under its distance from 1"
+    tables = (
         _table("Points of the metric between nothing kept and the full model, with 95 % intervals.", "", recovered),
+        _table(f"{caption} (CMD).", "", {"CPR": curve.cpr, "CMD": curve.cmd}, digits=3),
         _table(f"Points lost without each {noun}, with 95 % intervals.", noun, dearest),
-    ]
-    if curve is not None:
-        caption = f"Areas under the recovered share of the most important {ranked} (CPR), and under its distance from 1"
-        tables.insert(1, _table(f"{caption} (CMD).", "", {"CPR": curve.cpr, "CMD": curve.cmd}, digits=3))
-    data = {**found.to_dict(), "random": baseline.to_dict()}
-    return _sentences(found, baseline, noun), tuple(tables), data | ({"curve": curve.to_dict()} if curve else {})
+    )
+    data = {**found.to_dict(), "curve": curve.to_dict(), "random": baseline.to_dict()}
+    return _sentences(found, baseline, noun), tables, data
 
 
 def _sentences(found: Evaluation, baseline: Baseline, noun: str) -> tuple[str, ...]:
@@ -48,7 +47,8 @@ def _sentences(found: Evaluation, baseline: Baseline, noun: str) -> tuple[str, .
         f"Alone it recovers {mean:.0f} points ({low:.0f} to {high:.0f}).",
         f"Minimal in {len(found.minimal())} of {len(found.items)} {noun}s: the 95 % interval of what their loss costs "
         "lies above 0.",
-        f"{len(baseline.random)} random circuits {alike} recover {baseline.mean:.0f} on average, the best "
+        f"{len(baseline.random)} random circuits {alike} recover {baseline.mean:.0f} on average, 95 % of them "
+        f"{baseline.middle[0]:.0f} to {baseline.middle[1]:.0f}, the least {baseline.least:.0f}, the best "
         f"{baseline.most:.0f} (p = {baseline.p:.2g}).",
     ]
     incomplete = found.completeness.incomplete

@@ -72,6 +72,9 @@ class ModelStudy:
     def prepare(self) -> None:
         """Load the model and build its tasks."""
         self._describe()
+        # What an earlier run noted of this model is noted again where it is still so.
+        notes = [note for note in self.directory.run["notes"] if not note.startswith(f"{self.name}: ")]
+        self.directory.update_run(notes=notes)
         with suitable_threads(self.model), self._stage("tasks"):
             self._build_tasks()
 
@@ -161,6 +164,7 @@ class ModelStudy:
             task=task,
             scores=scores,
             circuit=Circuit([], []) if circuit is None else circuit,
+            source=settings.source,
             seed=settings.seed,
             precision=settings.precision,
             executor=settings.executor,
@@ -210,12 +214,15 @@ class ModelStudy:
         return repeated_measures(self.model, self.settings.seed)
 
     def _transfer(self) -> None:
-        name = f"{self.slug}.transfer"
-        if "transfer" not in self.settings.stages or self.directory.has(f"results/{name}.json"):
+        name, reason = f"{self.slug}.transfer", None
+        if "transfer" not in self.settings.stages:
             return
         if self.model.tokenizer is None or not any(circuit.heads for circuit in self.circuits.values()):
             reason = "the model has no tokenizer" if self.model.tokenizer is None else "no circuit has heads"
             self._note(f"{self.name}: transfer is left out: {reason}")
+        if self._is_done(name, reason):
+            return
+        if reason is not None:
             self._write_section(name, left_out("transfer", reason))
             return
         with self._stage("transfer") as step:

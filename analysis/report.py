@@ -265,4 +265,6 @@ def _listed(value: Any) -> str:
     """A setting as it is read."""
     if isinstance(value, list | tuple):
         return ", ".join(map(str, value))
-    return {None: "–", True: "yes", False: "no"}.get(value, str(value)) if not isinstance(value, dict) else str(value)
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return "–" if value is None else str(value)

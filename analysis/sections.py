@@ -58,6 +58,8 @@ class Subject:
     task: Task
     scores: Scores | None
     circuit: Circuit
+    source: str
+    """Of the sweep."""
     seed: int
     precision: Precision
     executor: Executor

@@ -27,6 +27,7 @@ from subcircuit.analysis.lengths import by_length
 from subcircuit.analysis.lens import lens
 from subcircuit.analysis.sections import Cell, Progress, Section, Subject, Table
 from subcircuit.analysis.sensitivity import CHOICES, CONCLUSIONS, Outcome, Sensitivity, sensitivity
+from subcircuit.analysis.sweep import sweep
 from subcircuit.analysis.tasks import Task, transfer_kinds
 from subcircuit.analysis.transfer import prompts_of_kind, transfer
 from subcircuit.analysis.transfer_figures import transfer_figure
@@ -53,17 +54,16 @@ def faithfulness_stage(subject: Subject, progress: Progress) -> Section:
     ablation = Ablation(subject.model, subject.task, **options)
     found = evaluate_circuit(ablation, subject.circuit, n_knockouts=N_KNOCKOUTS, seed=subject.seed)
     progress(1, 3)
-    curve = None
-    if subject.scores is not None:
-        curve = ablation_curve(ablation, node_ranking(subject.scores), seed=subject.seed)
+    scores = subject.scores
+    if scores is None:
+        scores = sweep(subject.model, subject.task, "heads+mlps", source=subject.source, **options)
+    curve = ablation_curve(ablation, node_ranking(scores), seed=subject.seed)
     progress(2, 3)
     baseline = random_baseline(ablation, subject.circuit, subject.n_random, match="layers", seed=subject.seed)
     progress(3, 3)
     sentences, tables, data = judgement(found, baseline, curve, "node", "nodes")
-    figures = {}
-    if curve is not None:
-        figures["curve"] = curve_figure({words(subject.task.name): curve}, "Recovered by the most important nodes")
-    return Section("Faithfulness", sentences, tables, figures, data)
+    figure = curve_figure({words(subject.task.name): curve}, "Recovered by the most important nodes")
+    return Section("Faithfulness", sentences, tables, {"curve": figure}, data)
 
 
 def roles_stage(subject: Subject, progress: Progress) -> Section:

@@ -156,8 +156,6 @@ def _check_options(settings: StudySettings) -> None:
     for stage in settings.stages:
         if stage not in STAGES:
             raise PatchError(f"stage {stage!r} is not known; expected some of {', '.join(STAGES)}")
-    if "edge-faithfulness" in settings.stages and "edges" not in settings.stages:
-        raise PatchError("stage 'edge-faithfulness' judges what 'edges' finds; expected both or neither")
     for name in ("n", "max_sweeps", "n_random", "n_edge_prompts", "n_sensitivity_prompts"):
         value = getattr(settings, name)
         if value is not None and value < 1:
@@ -165,7 +163,8 @@ def _check_options(settings: StudySettings) -> None:
 
 
 def _is_finished(directory: RunDirectory, slug: str, stages: Sequence[str]) -> bool:
-    """Whether every file that a model's part of the study ends with is there."""
+    """Whether every file that a model's part of the study ends with is there, and none says that a stage was left out
+    which could be asked now."""
     about = {model["slug"]: model for model in directory.run["models"]}.get(slug, {})
     if "tasks" not in about:
         return False
@@ -177,4 +176,14 @@ def _is_finished(directory: RunDirectory, slug: str, stages: Sequence[str]) -> b
     }
     names = ["results/{}.{}.json", *(of_task[stage] for stage in stages if stage in of_task)]
     of_model = [f"results/{slug}.{stage}.json" for stage in ("compare", "transfer") if stage in stages]
-    return all(map(directory.has, [*of_model, *(name.format(slug, task) for name in names for task in about["tasks"])]))
+    files = [*of_model, *(name.format(slug, task) for name in names for task in about["tasks"])]
+    if not all(map(directory.has, files)):
+        return False
+    circuits = circuits_of(directory, slug)
+    possible = {
+        f"results/{slug}.{task}.{stage}.json": bool(circuit.nodes)
+        for task, circuit in circuits.items()
+        for stage in TASK_STAGES
+    }
+    possible[f"results/{slug}.transfer.json"] = any(circuit.heads for circuit in circuits.values())
+    return not any(possible.get(file) and directory.read_json(file).get("left_out") for file in files)

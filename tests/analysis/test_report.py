@@ -338,3 +338,11 @@ def test_a_trace_ends_at_the_score_of_the_circuit() -> None:
     svg = figures.trace_figure(trace, "trace", 20.0)
     assert "score of what is left" in texts(svg)
     assert not any("800" in text for text in texts(svg)), "one dear node does not squeeze the line"
+
+
+def test_settings_of_0_and_1_are_numbers_and_no_answers(tmp_path):
+    directory = made_up_run(tmp_path / "run", MODELS[1:])
+    directory.update_run(settings={"seed": 0, "n": 1, "filter": False, "n_random": None})
+    page = render_report(directory)
+    for name, value in (("seed", "0"), ("n", "1"), ("filter", "no"), ("n random", "–")):
+        assert f"<td>{name}</td><td>{value}</td>" in page

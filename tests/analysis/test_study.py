@@ -124,7 +124,12 @@ def test_stages_are_left_out_and_made_up_for_later(run, tmp_path):
     study(replace(settings, stages=("prune", "edges")), str(tmp_path / "run"), resume=True)
     for name in ("results/tiny-gpt2.months.edges.json", "circuits/tiny-gpt2.months.json"):
         assert (found.path / name).read_bytes() == (run.path / name).read_bytes()
-    study(replace(settings, stages=STAGES), str(tmp_path / "run"), resume=True)
+    study(replace(settings, stages=("transfer",)), str(tmp_path / "no circuits"))
+    study(replace(settings, stages=("prune", "transfer")), str(tmp_path / "no circuits"), resume=True)
+    later = RunDirectory.open(tmp_path / "no circuits")
+    assert not later.run["notes"]
+    assert not later.read_json("results/tiny-gpt2.transfer.json")["left_out"]
+    assert not study(replace(settings, stages=STAGES), str(tmp_path / "run"), resume=True).run["notes"]
     for name in ("months", "months.random", "months.faithfulness", "months.edge-faithfulness", "months.roles"):
         file = f"results/tiny-gpt2.{name}.json"
         assert (found.path / file).read_bytes() == (run.path / file).read_bytes()
@@ -137,7 +142,9 @@ def test_a_circuit_is_asked_for_without_a_sweep(tmp_path):
     assert results_of(found) == {"months.json", "months.faithfulness.json", "compare.json"}
     section = found.read_json("results/tiny-gpt2.months.faithfulness.json")
     assert section["data"]["recovered"]
-    assert not section["figures"]  # the curve's ranking is the sweep's
+    with_sweep = study(replace(settings, stages=("sweep", *settings.stages)), str(tmp_path / "with"))
+    file = "results/tiny-gpt2.months.faithfulness.json"
+    assert (found.path / file).read_bytes() == (with_sweep.path / file).read_bytes()
 
 
 def test_edges_and_depths_in_common_are_written_and_shown(run):
