@@ -154,6 +154,9 @@ def test_torch_allocates_no_more_than_the_budget_and_a_fifth(source, precision):
     for budget in (8_000_000, 20_000_000):
         session = DeltaSession(model, prompts, source=source, precision=precision, budget_bytes=budget)
         assert len(session.layout(session._sources.wanted(patch_sets)).prompt_chunks) > 1
-        used = allocated_at_most(lambda session=session: session.effects(patch_sets))
-        assert used <= 1.2 * budget
-        assert used >= 0.4 * budget
+        used = 0
+        for _ in range(5):  # torch's profiler now and then loses events of allocations
+            used = max(used, allocated_at_most(lambda session=session: session.effects(patch_sets)))
+            if used >= 0.4 * budget:
+                break
+        assert 0.4 * budget <= used <= 1.2 * budget
