@@ -145,7 +145,9 @@ class Circuit:
         heads = " ".join(f"{layer}.{head}" for layer, head in self.heads) or "none"
         mlps = " ".join(map(str, self.mlps)) or "none"
         found = f", score {self.score:.1f}" if self.score is not None else ""
-        edges = f", {counted(len(self.edges), 'edge')}" if self.edges else ""
+        n_unjudged = self.settings.get("edges", {}).get("n_unjudged", 0)
+        unjudged = f" (and {n_unjudged} that were not judged)" if n_unjudged else ""
+        edges = f", {counted(len(self.edges), 'edge')}{unjudged}" if self.edges else ""
         names = " ".join(map(str, self.features))
         features = f", {counted(len(self.features), 'feature')} ({names})" if self.features else ""
         nodes = f"{counted(len(self.heads), 'head')} ({heads}), {counted(len(self.mlps), 'MLP')} ({mlps})"

@@ -86,10 +86,11 @@ def prune_edges(
     dropped with that.
 
     The circuit comes back with its edges, and for each the points of score that its patch costs (`edge_scores`);
-    `settings["edges"]` says how they were found, the score of the circuit's nodes on these prompts, and that of the
-    circuit when all other candidates are removed together. Only with `from_input` and `same_layer` are the candidates
-    all edges of the circuit; what is no candidate stays when others are removed (`edges_kept`). The corrupted values of
-    all prompts are held in memory meanwhile, 8 · n_layers · d_model bytes per token.
+    `settings["edges"]` says how they were found, how many more there are that were not judged, the score of the
+    circuit's nodes on these prompts, and that of the circuit when all other candidates are removed together. Only with
+    `from_input` and `same_layer` are the candidates all edges of the circuit; what is no candidate stays when others
+    are removed (`edges_kept`). The corrupted values of all prompts are held in memory meanwhile, 8 · n_layers · d_model
+    bytes per token.
 
     Raises PatchError for an unknown option, a circuit with features or a node that the model lacks, or a task without
     corrupted prompts, TaskError when the full model (or the circuit) does not prefer the answers.
@@ -134,7 +135,9 @@ def prune_edges(
         "score": score_without(edge for edge in candidates if edge not in set(kept)),
     }
     costs = {edge: alone - scores[edge] for edge in kept}
-    return replace(circuit, edges=kept, edge_scores=costs, settings={**circuit.settings, "edges": how})
+    found = replace(circuit, edges=kept, edge_scores=costs, settings={**circuit.settings, "edges": how})
+    how["n_unjudged"] = len(edges_kept(found, model.config)) - len(kept)
+    return found
 
 
 def _metrics(result: Effects) -> list[float]:

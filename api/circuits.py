@@ -30,14 +30,14 @@ def load_circuit(file: Path, model: str | None, task: str, device: str) -> tuple
 
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise StoreError(f"{file}: {error}") from error
+    except (OSError, ValueError):
+        values = None  # what is wrong with the file, `Circuit.load` says
     circuit = None if is_mib(values) else sc.Circuit.load(file)
-    name = model or (circuit.model if circuit else "")
+    name = model or (circuit.model if circuit is not None else "")
     if not name:
         raise StoreError(f"{file} does not say of which model its circuit is; expected --model")
     config = sc.load(name, device=device).config
-    return circuit or load_mib(file, config, task=task)[0], config
+    return load_mib(file, config, task=task)[0] if circuit is None else circuit, config
 
 
 def warn_of_other_model(circuits: dict[Path, sc.Circuit], model: HookedTransformer) -> None:

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 import subcircuit as sc
+from subcircuit.analysis.plural import counted
 from subcircuit.circuits import warn_of_empty
 from subcircuit.console import progress_bars, write_text
 from subcircuit.options import (
@@ -195,9 +196,9 @@ def _described(circuit: sc.Circuit) -> str:
             f"{verified['same_sign']:.0%} with the same sign"
         )
     if how := circuit.settings.get("edges"):
+        judged = counted(how["n_candidates"], "edge")
         lines.append(
-            f"{len(circuit.edges)} of {how['n_candidates']} edges matter; without the others the score is "
-            f"{how['score']:.1f}"
+            f"{len(circuit.edges)} of {judged} that were judged matter; without the others the score is {how['score']:.1f}"
         )
     return "\n".join(lines)
 

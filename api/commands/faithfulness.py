@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import subcircuit as sc
+from subcircuit.analysis.plural import counted
 from subcircuit.circuits import load_circuits, warn_of_empty, warn_of_other_model
 from subcircuit.console import new_table, out, progress_bars, write_text
 from subcircuit.options import (
@@ -185,8 +186,8 @@ def _print(circuit: sc.Circuit, found: Evaluation, curve: Curve, baseline: Basel
     rows += [("destroyed", found.destroyed, "by ablating the circuit alone")]
     rows += [("score", found.score, "what the circuit keeps of the full model")]
     for name, interval, what in rows:
-        mean, low, high = interval.at()
-        table.add_row(name, f"{mean:.1f}", f"{low:.1f} to {high:.1f}", what)
+        mean, *ends = interval.at()
+        table.add_row(name, f"{mean:.1f}", _ends(ends, found, 1), what)
     out.print(table)
     incomplete = found.completeness.incomplete
     if len(incomplete):
@@ -195,21 +196,23 @@ def _print(circuit: sc.Circuit, found: Evaluation, curve: Curve, baseline: Basel
             f"\nIncomplete by {float(incomplete.mean()):.1f} points on average over {len(incomplete)} knock-outs, "
             f"at most {float(incomplete.max()):.1f} (without {worst})"
         )
-    needed = found.minimal()
-    out.print(f"Minimal in {len(needed)} of {len(found.items)} {noun}s (interval of the drop above 0)")
+    if found.settings["n_prompts"] > 1:
+        needed = len(found.minimal())
+        out.print(f"Minimal in {needed} of {counted(len(found.items), noun)} (interval of the drop above 0)")
     drops = sorted(((found.drops.at(i), name) for i, name in enumerate(found.items)), reverse=True)
     listed = new_table(noun, "points lost", "95 % interval")
-    for (mean, low, high), name in drops:
-        listed.add_row(name, f"{mean:.1f}", f"{low:.1f} to {high:.1f}")
+    for (mean, *ends), name in drops:
+        listed.add_row(name, f"{mean:.1f}", _ends(ends, found, 1))
     out.print(listed)
     (cpr, *cpr_ends), (cmd, *cmd_ends) = curve.cpr.at(), curve.cmd.at()
     ranked = "Edges of the model by EAP-IG" if of_edges else "Nodes by size of effect"
-    out.print(f"\n{ranked}: CPR {cpr:.3f} ({_ends(cpr_ends)}), CMD {cmd:.3f} ({_ends(cmd_ends)})")
+    out.print(f"\n{ranked}: CPR {cpr:.3f} ({_ends(cpr_ends, found)}), CMD {cmd:.3f} ({_ends(cmd_ends, found)})")
     if baseline is not None:
         low, high = baseline.middle
         out.print(
             f"{len(baseline.random)} random circuits alike in {baseline.match} recover {baseline.mean:.1f} on average, "
-            f"95 % of them {low:.1f} to {high:.1f}, the best {baseline.most:.1f}; p = {baseline.p:.2g}"
+            f"95 % of them {low:.1f} to {high:.1f}, the least {baseline.least:.1f}, the best "
+            f"{baseline.most:.1f}; p = {baseline.p:.2g}"
         )
 
 
@@ -218,5 +221,6 @@ def _listed(names: Sequence[str], n_most: int = 12) -> str:
     return ", ".join(names[:n_most]) + more
 
 
-def _ends(ends: list[float]) -> str:
-    return f"{ends[0]:.3f} to {ends[1]:.3f}"
+def _ends(ends: Sequence[float], found: Evaluation, digits: int = 3) -> str:
+    """An interval; a dash for that of a single prompt, which does not say how others differ."""
+    return "–" if found.settings["n_prompts"] == 1 else f"{ends[0]:.{digits}f} to {ends[1]:.{digits}f}"

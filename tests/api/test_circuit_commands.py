@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 
@@ -155,3 +156,12 @@ def test_sensitivity_tells_what_survives(run, files):
     assert set(found["survival"]) == {"recovers", "beats random", "all matter", "same ranking"}
     status, _, err = run("sensitivity", *TINY, "--circuit", files[0], "--metrics", "bleu")
     assert (status, err.startswith("error: metric 'bleu' is not known")) == (2, True)
+
+
+def test_one_prompt_has_no_intervals(run, files):
+    one = ("faithfulness", "--model", "tiny-gpt2", "--task", "months", "--n", 1, "--circuit", files[0])
+    status, out, _ = run(*one, "--random", 2, "--knockouts", 1, "--greedy", 0, "--quiet")
+    assert status == 0
+    assert re.search(r"^recovered +[\d.-]+ +– +by the circuit alone", out, re.MULTILINE)
+    assert "Minimal in" not in out
+    assert "the least" in out
