@@ -198,7 +198,8 @@ def _described(circuit: sc.Circuit) -> str:
     if how := circuit.settings.get("edges"):
         judged = counted(how["n_candidates"], "edge")
         lines.append(
-            f"{len(circuit.edges)} of {judged} that were judged matter; without the others the score is {how['score']:.1f}"
+            f"{len(circuit.edges)} of {judged} that were judged matter; without the others the score is "
+            f"{how['score']:.1f}"
         )
     return "\n".join(lines)
 
