@@ -34,7 +34,7 @@ def judgement(
     tables = (
         _table("Points of the metric between nothing kept and the full model, with 95 % intervals.", "", recovered),
         _table(f"{caption} (CMD).", "", {"CPR": curve.cpr, "CMD": curve.cmd}, digits=3),
-        _table(f"Points lost without each {noun}, with 95 % intervals.", noun, dearest),
+        _table(f"Points of what there is to recover that go with each {noun}, with 95 % intervals.", noun, dearest),
     )
     data = {**found.to_dict(), "curve": curve.to_dict(), "random": baseline.to_dict()}
     return _sentences(found, baseline, noun), tables, data

@@ -215,3 +215,11 @@ def _positions(task: Task, positions: Positions) -> list[int]:
         what = f"position {outside[0]} is not there" if outside else "no positions"
         raise TaskError(f"task '{task.name}': {what}; its prompts have {task.pos} tokens")
     return sorted({position % task.pos for position in positions})
+
+
+def stage_in_words(stage: str) -> str:
+    """A stage of the stream as it is read: after what of which layer."""
+    if stage == "0_pre":
+        return "the embedding"
+    layer, part = stage.split("_")
+    return f"layer {layer}, {'attention' if part == 'mid' else 'MLP'}"

@@ -24,7 +24,7 @@ from subcircuit.analysis.head_profile import head_profiles, mean_profile
 from subcircuit.analysis.heads import head_roles
 from subcircuit.analysis.judgement import judgement
 from subcircuit.analysis.lengths import by_length
-from subcircuit.analysis.lens import lens
+from subcircuit.analysis.lens import lens, stage_in_words
 from subcircuit.analysis.sections import Cell, Progress, Section, Subject, Table
 from subcircuit.analysis.sensitivity import CHOICES, CONCLUSIONS, Outcome, Sensitivity, sensitivity
 from subcircuit.analysis.sweep import sweep
@@ -135,7 +135,7 @@ def lens_stage(subject: Subject, progress: Progress) -> Section:
     ahead = float((takeover < len(read.stages)).double().mean())
     sentences = [f"In the end the answer leads the {rival} in {100 * ahead:.0f} % of the prompts."]
     if median < len(read.stages):
-        sentences.append(f"In half of them it does so for good after stage {read.stages[median]}.")
+        sentences.append(f"In half of them it does so for good after {stage_in_words(read.stages[median])}.")
     if subject.task.member_positions:
         layer, share = read.best_handover()
         if share:

@@ -109,6 +109,8 @@ def _values(read: Lens, terms: Attribution, rows: list[dict[str, Any]]) -> dict[
 
 
 def _print_stages(read: Lens) -> None:
+    from subcircuit.analysis.lens import stage_in_words
+
     rival = "last member" if read.newest is not None else "wrong answer"
     where = "the last token" if read.positions[-1] == read.task.pos - 1 else f"position {read.positions[-1]}"
     prompts = counted(read.task.n, "prompt")
@@ -121,14 +123,15 @@ def _print_stages(read: Lens) -> None:
         likely = f"{row['answer']:.2f}", ends[0], f"{row['rival']:.2f}", ends[1]
         lead = f"{row['lead']:+.2f}", interval_of(row, "lead_", "+.2f")
         commonest = f"{row['commonest']!r} {row['commonest_share']:.0%}"
-        table.add_row(_stage(row["stage"]), f"{row['top1']:.0%}", *likely, *ranks, *lead, commonest)
+        table.add_row(stage_in_words(row["stage"]), f"{row['top1']:.0%}", *likely, *ranks, *lead, commonest)
     out.print(table)
     takeover = read.takeover()
     median = int(takeover.double().quantile(0.5, interpolation="lower"))
     ends_ahead = float((takeover < len(read.stages)).double().mean())
     out.print("")
     if median < len(read.stages):
-        out.print(f"In half of the prompts the answer leads the {rival} for good after {_stage(read.stages[median])};")
+        after = stage_in_words(read.stages[median])
+        out.print(f"In half of the prompts the answer leads the {rival} for good after {after};")
         out.print(f"in the end it leads in {ends_ahead:.0%}.")
     else:
         out.print(f"The answer leads the {rival} in the end in only {ends_ahead:.0%} of the prompts.")
@@ -138,22 +141,18 @@ def _print_stages(read: Lens) -> None:
         out.print(f"Which layer turns the likeliest token from a member shown into the answer? {turns}")
 
 
-def _stage(stage: str) -> str:
-    if stage == "0_pre":
-        return "the embedding"
-    layer, part = stage.split("_")
-    return f"layer {layer}, {'attention' if part == 'mid' else 'MLP'}"
-
-
 def _print_positions(read: Lens) -> None:
     """For the first prompt, the likeliest tokens after every layer, a block per position."""
+    from subcircuit.analysis.lens import stage_in_words
+
     for column, position in enumerate(read.positions):
         token = read.text(int(read.task.clean[0, position]))
         out.print(f"\nFirst prompt, position {position}, {token!r}\n", style="bold")
         table = new_table("after", "likeliest tokens")
         for i in range(0, len(read.stages), 2):
             tops = zip(read.top_tokens[i, 0, column], read.top_probabilities[i, 0, column], strict=True)
-            table.add_row(_stage(read.stages[i]), "  ".join(f"{read.text(int(t))!r} {float(p):.2f}" for t, p in tops))
+            likeliest = "  ".join(f"{read.text(int(t))!r} {float(p):.2f}" for t, p in tops)
+            table.add_row(stage_in_words(read.stages[i]), likeliest)
         out.print(table)
 
 
