@@ -13,7 +13,7 @@ from torch import Tensor
 from subcircuit.analysis.circuit import Circuit
 from subcircuit.analysis.statistics import Interval, percentile_interval, resampled_means
 from subcircuit.analysis.tasks import Task
-from subcircuit.engine.errors import TaskError
+from subcircuit.engine.errors import PatchError, TaskError
 from subcircuit.engine.model import HookedTransformer
 from subcircuit.engine.patching import Effects, Source
 from subcircuit.engine.patching.metric import Metric, Metrics, each_metric
@@ -155,6 +155,12 @@ def share_left(metric: Metric, ablated: Float[Tensor, "*any"], full: Float[Tenso
             return (ablated - full).exp()
         case _:
             return ablated / full
+
+
+def check_threshold(threshold: float, what: str) -> None:
+    """Raises PatchError for a threshold that is not positive, or not a number; `what` says what it is of."""
+    if not threshold > 0:
+        raise PatchError(f"threshold {threshold} must be positive: {what}")
 
 
 def full_metric(clean: Float[Tensor, "prompt"], task: Task, metric: Metric) -> float:

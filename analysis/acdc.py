@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from subcircuit.analysis.ablation import check_threshold
 from subcircuit.analysis.circuit import Circuit, TraceStep
 from subcircuit.analysis.edge_ablation import EdgeAblation
 from subcircuit.analysis.pruning import candidates_at_once
 from subcircuit.analysis.tasks import Task
-from subcircuit.engine.errors import PatchError
 from subcircuit.engine.model import HookedTransformer
 from subcircuit.engine.patching import Source
 from subcircuit.engine.patching.graph import INPUT, LOGITS, Edge, edges, layer_of, readers
@@ -47,8 +47,7 @@ def acdc(
     Raises PatchError for a threshold that is not positive or a metric that does not exist, TaskError when the model
     does not do the task.
     """
-    if threshold <= 0:
-        raise PatchError(f"threshold {threshold} must be positive: points of score that an edge may cost")
+    check_threshold(threshold, "points of score that an edge may cost")
     ablation = EdgeAblation(
         model,
         task,

@@ -97,6 +97,8 @@ class EdgeScores:
             )
         if n_edges is not None and not 1 <= n_edges <= self.n_edges:
             raise PatchError(f"n_edges {n_edges} is out of range: the model has {self.n_edges} edges")
+        if threshold is not None and not threshold >= 0:
+            raise PatchError(f"threshold {threshold} is out of range; expected the least score of an edge, from 0 up")
         ranked = self.top(self.n_edges) if selection == "top" else _greedy(self)
         chosen = [edge for edge, score in ranked if threshold is None or abs(score) >= threshold][:n_edges]
         edges = connected(chosen, self.config)

@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from subcircuit.analysis.ablation import check_threshold
 from subcircuit.analysis.circuit import Circuit
 from subcircuit.analysis.eap import connected
 from subcircuit.analysis.edge_ablation import EdgeAblation
@@ -85,9 +86,10 @@ def edge_mask_circuit(
     only those count that lie on a path from `input` to the logits. The circuit's `edge_scores` are the gates. The other
     options are those of `learn_gates`, whose steps `progress` counts.
 
-    Raises PatchError as `learn_edge_masks` does, and before any learning for an executor or precision that does not
-    exist; TaskError when the model does not do the task.
+    Raises PatchError as `learn_edge_masks` does, and before any learning for a threshold that is not positive, or an
+    executor or precision that does not exist; TaskError when the model does not do the task.
     """
+    check_threshold(threshold, "points of score that the circuit may lose")
     ablation = EdgeAblation(
         model, task, source=source, metric=metric, executor=executor, precision=precision, budget_bytes=budget_bytes
     )

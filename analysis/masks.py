@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from subcircuit.analysis.ablation import check_threshold
 from subcircuit.analysis.circuit import Circuit
 from subcircuit.analysis.faithfulness import Ablation
 from subcircuit.analysis.gates import Learning, Masks, learn_gates, near_enough, smallest_prefix
@@ -68,9 +69,10 @@ def mask_circuit(
     `executor` in `precision` within `budget_bytes`. None of these three touch the learning, which is gradient descent
     through full forwards in the model's own dtype; the other options are those of `learn_gates`.
 
-    Raises PatchError as `learn_masks` does, and before any learning for an executor or precision that does not exist;
-    TaskError when the model does not do the task.
+    Raises PatchError as `learn_masks` does, and before any learning for a threshold that is not positive, or an
+    executor or precision that does not exist; TaskError when the model does not do the task.
     """
+    check_threshold(threshold, "points of score that the circuit may lose")
     options: dict[str, Any] = {"source": source, "metric": metric, "executor": executor, "precision": precision}
     ablation = Ablation(model, task, nodes=nodes, budget_bytes=budget_bytes, **options)
     masks = learn_masks(model, task, ablation.nodes, source=source, progress=progress, **learning)

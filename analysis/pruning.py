@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from subcircuit.analysis.ablation import check_threshold
 from subcircuit.analysis.circuit import Circuit, TraceStep
 from subcircuit.analysis.faithfulness import Ablation
 from subcircuit.analysis.tasks import Task
@@ -60,8 +61,7 @@ def prune_nodes(
     """
     if first not in ("backward", "forward"):
         raise PatchError(f"first sweep {first!r} is not known; expected 'backward' or 'forward'")
-    if threshold <= 0:
-        raise PatchError(f"threshold {threshold} must be positive: points of score that the circuit may lose")
+    check_threshold(threshold, "points of score that the circuit may lose")
     options: dict[str, Any] = {"source": source, "metric": metric, "executor": executor, "precision": precision}
     options |= {"budget_bytes": budget_bytes, "nodes": nodes}
     given = {name: value for name, value in options.items() if value is not None}

@@ -152,6 +152,8 @@ def discover(
     if of_edges and not edges:
         flag = "--edge-threshold" if "threshold" in of_edges else _flag(next(iter(of_edges)))
         raise typer.BadParameter(f"{flag} is of edges that are pruned; expected --edges with it")
+    if edge_threshold is not None and not edge_threshold > 0:
+        raise typer.BadParameter(f"--edge-threshold {edge_threshold} must be positive: a share of the logit difference")
     loaded = with_dictionaries(sc.load(model, dtype=dtype, device=device), dictionaries, hooks)
     prompts = sc.task(task, loaded, n=n, seed=seed, template=template, members=members, filter=only_answered)
     with progress_bars(quiet) as progress, suitable_threads(loaded):
