@@ -27,7 +27,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from subcircuit.analysis.ablation import full_metric, share_left
+from subcircuit.analysis.ablation import check_threshold, full_metric, share_left
 from subcircuit.analysis.circuit import Circuit
 from subcircuit.analysis.faithfulness import Ablation
 from subcircuit.analysis.nodes import candidates_of, random_nodes
@@ -183,12 +183,17 @@ def sensitivity(
 
     What cannot be measured is left out with a note: a scope that a task does not have, the source `corrupted` without
     corrupted prompts, a metric by which the full model does not do the task. Raises PatchError for an unknown metric or
-    source, an empty circuit, or when nothing is left.
+    source, a scope that is none of `SCOPES` and that no task has, a threshold that is not positive, an empty circuit,
+    or when nothing is left.
     """
     if not circuit.nodes:
         raise PatchError("a circuit without nodes has no sensitivity; expected at least one")
     for metric in metrics:
         check_metric(metric)
+    check_threshold(threshold, "points of score that the circuit may lose")
+    known = {*SCOPES, *(scope for task in tasks.values() for scope in task.positions)}
+    for unknown in [scope for scope in scopes if scope not in known]:
+        scope_positions(next(iter(tasks.values())), unknown)
     nodes = candidates_of(model, tasks.values(), sources)
     sets = _Sets.drawn(nodes, circuit, n_random, seed)
     options: dict[str, Any] = {"executor": executor, "precision": precision, "also": metrics}

@@ -184,6 +184,10 @@ def test_what_a_task_lacks_is_left_out_with_a_note(case):
     assert any("scope 'members' is none of task" in note for note in found.notes)
     with pytest.raises(PatchError, match="no convention is left"):
         sensitivity(model, {"a": bare}, circuit, sources=("corrupted",))
+    with pytest.raises(PatchError, match="scope 'words' is none of task"):
+        sensitivity(model, {"a": task, "b": bare}, circuit, scopes=("all", "words"))
+    with pytest.raises(PatchError, match="threshold nan must be positive"):
+        sensitivity(model, {"a": task}, circuit, threshold=float("nan"))
     with pytest.raises(PatchError, match="metric 'bleu'"):
         sensitivity(model, {"a": bare}, circuit, metrics=("bleu",))
     with pytest.raises(PatchError, match="source 'noise' is not known"):

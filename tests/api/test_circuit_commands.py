@@ -146,16 +146,17 @@ def test_faithfulness_judges_a_circuit(run, files, tmp_path):
 
 
 def test_sensitivity_tells_what_survives(run, files):
-    narrow = ("--metrics", "kl,logit_difference", "--scopes", "all,nowhere", "--seeds", 1, "--random", 3, "--quiet")
+    narrow = ("--metrics", "kl,logit_difference", "--scopes", "all,last", "--seeds", 1, "--random", 3, "--quiet")
     status, out, err = run("sensitivity", *TINY, "--circuit", files[0], *narrow)
     assert (status, err) == (0, "")
     assert "Survives all:" in out
-    assert "Left out: scope 'nowhere' is none of task" in out
     found = json.loads(run("sensitivity", *TINY, "--circuit", files[0], *narrow, "--json")[1])
-    assert len(found["outcomes"]) == 6
+    assert len(found["outcomes"]) == 12
     assert set(found["survival"]) == {"recovers", "beats random", "all matter", "same ranking"}
     status, _, err = run("sensitivity", *TINY, "--circuit", files[0], "--metrics", "bleu")
     assert (status, err.startswith("error: metric 'bleu' is not known")) == (2, True)
+    status, _, err = run("sensitivity", *TINY, "--circuit", files[0], "--scopes", "last,nowhere", "--quiet")
+    assert (status, err.startswith("error: scope 'nowhere' is none of task 'months'; it has all, from_")) == (2, True)
 
 
 def test_one_prompt_has_no_intervals(run, files):
