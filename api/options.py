@@ -111,6 +111,14 @@ def names_in(text: str) -> list[str]:
     return [name.strip() for name in text.split(",") if name.strip()]
 
 
+def circuit_of_heads(text: str) -> sc.Circuit:
+    """The heads of an option that takes several, joined by commas."""
+    names = names_in(text)
+    if not names or not all(re.fullmatch(r"a\d+\.h\d+", name) for name in names):
+        raise typer.BadParameter(f"heads {text!r}: expected heads joined by commas, such as a1.h0,a3.h2")
+    return sc.Circuit.of_nodes(names)
+
+
 def check_suffix(file: Path | None, *known: str) -> None:
     """Refuse a file to write, before any work, whose name does not say which of the known formats it should have."""
     if file is not None and file.suffix not in known:

@@ -24,6 +24,7 @@ from subcircuit.options import (
     QuietOption,
     SeedOption,
     TemplateOption,
+    circuit_of_heads,
     names_in,
 )
 
@@ -52,28 +53,34 @@ def heads(
         list[Path] | None,
         typer.Option("--circuit", "-c", help="Only a circuit's heads, for its task; may be given several times."),
     ] = None,
+    asked: Annotated[
+        str | None, typer.Option("--heads", help="Only these, joined by commas, such as a4.h4,a5.h1.")
+    ] = None,
     n: NOption = 32,
     seed: SeedOption = 0,
     template: TemplateOption = "all",
     members: MembersOption = None,
     only_answered: FilterOption = False,
-    top: Annotated[int, typer.Option(min=1, help="Heads with a role to print per task, without a circuit.")] = 20,
+    top: Annotated[int, typer.Option(min=1, help="Heads with a role to print per task, if none are asked for.")] = 20,
     figures: Annotated[Path | None, typer.Option("--out", "-o", help="Write figures (SVG) to this folder.")] = None,
     dtype: DtypeOption = "float32",
     device: DeviceOption = "cpu",
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Say what heads do in a task. The roles of those of a circuit, or of a model, with their evidence."""
+    """Say what heads do in a task. The roles of those of a circuit, of a model, or asked for, with their evidence."""
     from subcircuit.analysis.head_lookups import head_lookups
     from subcircuit.analysis.heads import head_roles, repeated_measures, shared_roles
     from subcircuit.engine.threads import suitable_threads
 
     names = names_in(tasks)
+    if asked is not None and circuit:
+        raise typer.BadParameter("--heads and --circuit both say which heads; expected one of the two")
+    chosen = [] if asked is None else [circuit_of_heads(asked)]
     saved = load_circuits(circuit or [])
     loaded = sc.load(model, dtype=dtype, device=device)
     warn_of_other_model(saved, loaded)
-    circuits = list(saved.values())
+    circuits = chosen or list(saved.values())
     built = {
         name: sc.task(name, loaded, n=n, seed=seed, template=template, members=members, filter=only_answered)
         for name in dict.fromkeys(names)
@@ -102,15 +109,17 @@ def heads(
     if as_json:
         print(json.dumps({"model": model, "tasks": _values(found, shown, lookups), "shared_roles": shared}))
         return
+    which = "asked for" if chosen else "of the circuit" if circuits else "with the clearest roles"
     for name, each in found.items():
-        _print_task(name, built[name], each, shown[name], circuits)
+        _print_task(name, built[name], each, shown[name], which)
         _print_lookups(lookups[name])
     if len(found) > 1:
         _print_shared(shared)
 
 
 def _heads_of(task: str, found: HeadRoles, circuits: list[Circuit], top: int) -> Heads:
-    """Heads of the task's own circuit, or of one of no given task (a set operation's); without circuits the clearest.
+    """Heads of the task's own circuit, or of one of no given task (a set operation's, or the heads asked for); without
+    circuits the clearest.
 
     Raises PatchError for a head that the model lacks.
     """
@@ -145,10 +154,9 @@ def _values(
     return values
 
 
-def _print_task(name: str, task: Task, found: HeadRoles, heads: Heads, circuits: list[Circuit]) -> None:
+def _print_task(name: str, task: Task, found: HeadRoles, heads: Heads, which: str) -> None:
     from subcircuit.analysis.head_profile import head_profiles, mean_profile
 
-    which = "of the circuit" if circuits else "with the clearest roles"
     out.print(f"\n{name}: {counted(len(heads), 'head')} {which}, {counted(task.n, 'prompt')}\n", style="bold")
     table = new_table("head", "role", "evidence")
     for head in heads:

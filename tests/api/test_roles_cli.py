@@ -33,6 +33,19 @@ def test_heads_of_a_circuit_with_roles_evidence_and_figures(run, circuit_file, t
     assert err.endswith(f"wrote 5 figures in {tmp_path / 'f'}\n")
 
 
+def test_heads_asked_for_are_shown_whatever_they_do(run, tmp_path):
+    arguments = ("heads", *TINY, "--task", "months", "--heads", "a1.h5, a0.h1,a1.h5", "-q")
+    status, out, _ = run(*arguments, "--out", tmp_path)
+    assert status == 0
+    assert "months: 2 heads asked for, 8 prompts" in out
+    assert len(re.findall(r"^a1\.h5 +members +0\.\d\d \[", out, re.MULTILINE)) == 1
+    written = {file.name for file in tmp_path.iterdir()}
+    assert written == {"roles.svg", "months.ov.svg", "months.attention.a0.h1.svg", "months.attention.a1.h5.svg"}
+    values = json.loads(run(*arguments, "--json")[1])["tasks"]["months"]
+    assert [row["head"] for row in values["heads"]] == ["a0.h1", "a1.h5"]
+    assert {row["head"] for row in values["lookups"]} == {"a0.h1", "a1.h5"}
+
+
 def test_roles_of_two_tasks_are_compared(run):
     status, out, _ = run("heads", *TINY, "--tasks", "months,numerals", "--top", 6, "-q", "--json")
     assert status == 0
@@ -91,8 +104,9 @@ def test_transfer_compares_a_circuit_with_random_heads(run, circuit_file, tmp_pa
     assert re.search(r"^months +months +8/8 +\d+% ", out, re.MULTILINE)
     assert "no prompt of interval_2 rightly" in out
     assert (tmp_path / "t.svg").read_text().startswith("<svg")
-    status, out, _ = run(*arguments, "--heads", "a3.h0,a3.h1", "--ablation", "mean", "--json", "-q")
+    status, out, _ = run(*arguments, "--heads", "a3.h1,a3.h0,a3.h1", "--ablation", "mean", "--json", "-q")
     rows = {(row["kind"], row["circuit"]): row for row in json.loads(out)["kinds"]}
+    assert {row["circuit"] for row in rows.values()} == {"months", "a3.h0,a3.h1"}
     mine = rows["months", "months"]
     assert mine["share"] == sum(prompt["correct"] for prompt in mine["prompts"]) / 8
     assert rows["months", "a3.h0,a3.h1"]["n_heads"] == 2
@@ -144,7 +158,11 @@ def test_a_vector_is_made_and_steers(run, tmp_path):
         (("transfer", *TINY, "--kinds", "months"), "nothing to ablate"),
         (("transfer", *TINY, "--heads", "a9.h0"), "'a9.h0' does not exist"),
         (("transfer", *TINY, "--heads", "a0.h0", "--kinds", "sums"), "kind 'sums' is not known"),
-        (("transfer", *TINY, "--heads", "m0", "--kinds", "months"), "no heads to ablate"),
+        (("transfer", *TINY, "--heads", "a0.h0,m0", "--kinds", "months"), "heads 'a0.h0,m0': expected heads joined by"),
+        (("transfer", *TINY, "--heads", ",", "--kinds", "months"), "heads ',': expected heads joined by"),
+        (("heads", *TINY, "--task", "months", "--heads", "a9.h0"), "a9.h0 does not exist"),
+        (("heads", *TINY, "--task", "months", "--heads", "foo"), "heads 'foo': expected heads joined by"),
+        (("heads", *TINY, "--task", "months", "--heads", "a0.h0", "--circuit", "c.json"), "one of the two"),
         (("generate", "-m", "tiny-gpt2", "May", "--steer", "nowhere.safetensors@r2"), "nowhere.safetensors"),
         (("vector", "-m", "tiny-gpt2", "--at", "r2", "--towards", "May", "--away-from", "", "-o", "v"), "empty"),
     ],
