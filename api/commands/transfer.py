@@ -21,6 +21,7 @@ from subcircuit.options import (
     QuietOption,
     SeedOption,
     check_suffix,
+    circuit_of_heads,
     names_in,
 )
 
@@ -95,7 +96,7 @@ def _circuits(saved: dict[Path, Circuit], heads: list[str]) -> dict[str, Circuit
     shared = sc.intersection(list(saved.values())) if len(circuits) > 1 else None
     if shared is not None and shared.heads:
         circuits["shared"] = shared
-    circuits |= {each: sc.Circuit.of_nodes(part.strip() for part in each.split(",")) for each in heads}
+    circuits |= {",".join(map(str, chosen.nodes)): chosen for chosen in map(circuit_of_heads, heads)}
     if not circuits:
         raise typer.BadParameter("nothing to ablate; expected --circuit or --heads")
     return circuits
@@ -126,7 +127,7 @@ def _print(found: Transfer) -> None:
     for row in [row for row in found.table() if row["n_answered"]]:
         answered = f"{row['n_answered']}/{row['n_asked']}"
         intervals = [_interval(row, which) for which in ("share", "random")]
-        p = "–" if row["p"] is None else f"{row['p']:.2f}"
+        p = "–" if row["p"] is None else f"{row['p']:.2g}"
         shares = _percent(row["share"]), intervals[0], _percent(row["random"]), intervals[1]
         table.add_row(row["kind"], row["circuit"], answered, *shares, _percent(row["random_least"]), p)
     if table.row_count:
