@@ -54,16 +54,21 @@ def by_length(
     n: int = 32,
     seed: int = 0,
     template: str = "all",
+    filter: bool = False,
 ) -> ByLength:
     """Read the next member's probability after each member of n prompts, in one pass (Lan et al., arXiv 2311.04131,
     against sequence length).
 
     A prompt of fewer members is the beginning of one of more, and a model sees no further than where it is read. Shown
-    are `longest` members, or as many as the sequence, the tokenizer and the model's context allow.
+    are `longest` members, or as many as the sequence, the tokenizer and the model's context allow. With `filter` only
+    prompts that the model answers when all of these are shown.
 
-    Raises TaskError for a task that is no sequence, or of which no prompt can be made.
+    Raises TaskError for a task that is no sequence, or of which no prompt can be made or too few pass the filter.
     """
     made, too_long = _longest(model, name, longest, n, seed, template)
+    if filter:
+        members = len(made.member_positions)
+        made = task(name, model, n=n, seed=seed, template=template, members=members, filter=True)
     following = made.member_positions[1:]
     logits = logits_at(model, made.clean, [*(position - 1 for position in following), made.pos - 1])
     expected = torch.cat((made.clean[:, list(following)], made.answer[:, None]), 1)

@@ -18,9 +18,12 @@ from subcircuit.options import (
     DeviceOption,
     DictionariesOption,
     DtypeOption,
+    FilterOption,
     HooksOption,
     JsonOption,
+    MembersOption,
     NOption,
+    QuietOption,
     SeedOption,
     SourceOption,
     TemplateOption,
@@ -58,6 +61,8 @@ def compare(
     n: NOption = 32,
     seed: SeedOption = 0,
     template: TemplateOption = "all",
+    members: MembersOption = None,
+    only_answered: FilterOption = False,
     source: SourceOption = "mean",
     dtype: DtypeOption = "float32",
     device: DeviceOption = "cpu",
@@ -72,6 +77,7 @@ def compare(
         Path | None, typer.Option(help="Draw the circuits and their edges in one diagram, to this SVG file.")
     ] = None,
     as_json: JsonOption = False,
+    quiet: QuietOption = False,
 ) -> None:
     """Say what saved circuits share. Beside what circuits of their sizes share by chance."""
     from subcircuit.analysis.compare import compare_circuits
@@ -86,7 +92,7 @@ def compare(
         warn_of_other_model({file: circuits[name]}, owner[name])
     if with_mlps:
         circuits = {name: _with_all_mlps(circuit, owner[name].config) for name, circuit in circuits.items()}
-    build = partial(sc.task, n=n, seed=seed, template=template)
+    build = partial(sc.task, n=n, seed=seed, template=template, members=members, filter=only_answered)
     groups = {
         each: {name: circuit for name, circuit in circuits.items() if owner[name] is each} for each in owner.values()
     }
@@ -99,9 +105,9 @@ def compare(
         with suitable_threads(each):
             scored |= _scored(each, own, task or [], build, source, seed, len(groups) > 1)
     if figure is not None:
-        write_text(figure, _figure(comparison, owner, candidates), silent=as_json)
+        write_text(figure, _figure(comparison, owner, candidates), silent=quiet or as_json)
     if overlay is not None:
-        write_text(overlay, _overlay(comparison, owner), silent=as_json)
+        write_text(overlay, _overlay(comparison, owner), silent=quiet or as_json)
     if as_json:
         print(json.dumps(comparison.to_dict() | {"scored": scored}))
     else:

@@ -9,16 +9,19 @@ from typing import Annotated, Any
 import typer
 
 import subcircuit as sc
-from subcircuit.console import interval_of, new_table, out
+from subcircuit.console import interval_of, new_table, out, write_text
 from subcircuit.options import (
     TASKS,
     DeviceOption,
     DtypeOption,
+    FilterOption,
     JsonOption,
     ModelOption,
     NOption,
+    QuietOption,
     SeedOption,
     TemplateOption,
+    check_suffix,
     names_in,
 )
 
@@ -32,28 +35,33 @@ def lengths(
     n: NOption = 32,
     seed: SeedOption = 0,
     template: TemplateOption = "all",
+    only_answered: FilterOption = False,
     figure: Annotated[Path | None, typer.Option("--out", "-o", help="Draw the curves in this SVG file.")] = None,
     dtype: DtypeOption = "float32",
     device: DeviceOption = "cpu",
     as_json: JsonOption = False,
+    quiet: QuietOption = False,
 ) -> None:
     """Say how sure a model is of the next member. By how many members of the sequence it is shown."""
     from subcircuit.analysis.lengths import by_length
     from subcircuit.engine.threads import suitable_threads
 
+    check_suffix(figure, ".svg")
     names = dict.fromkeys(names_in(tasks))
     if not names:
         raise typer.BadParameter("no task; expected --tasks with one or more")
     loaded = sc.load(model, dtype=dtype, device=device)
     with suitable_threads(loaded):
-        found = [by_length(loaded, name, longest, n=n, seed=seed, template=template) for name in names]
+        found = [
+            by_length(loaded, name, longest, n=n, seed=seed, template=template, filter=only_answered) for name in names
+        ]
     rows = [row for each in found for row in each.table()]
     left_out = {each.task.name: each.too_long for each in found if each.too_long}
     if figure is not None:
         from subcircuit.analysis.lens_figures import lengths_figure
-        from subcircuit.analysis.store import write_whole
 
-        write_whole(figure, lengths_figure(rows, f"{model}: the next member, by members shown").encode("utf-8"))
+        title = f"{model}: the next member, by members shown"
+        write_text(figure, lengths_figure(rows, title), silent=quiet or as_json)
     if as_json:
         print(json.dumps({"model": model, "rows": rows, "no_more": left_out}))
     else:

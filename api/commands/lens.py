@@ -19,6 +19,7 @@ from subcircuit.options import (
     MembersOption,
     ModelOption,
     NOption,
+    QuietOption,
     SeedOption,
     TaskOption,
     TemplateOption,
@@ -48,6 +49,7 @@ def lens(
     dtype: DtypeOption = "float32",
     device: DeviceOption = "cpu",
     as_json: JsonOption = False,
+    quiet: QuietOption = False,
 ) -> None:
     """Read the prediction after every layer. When the answer takes over, and what adds to it directly."""
     from subcircuit.analysis.attribution import attribution
@@ -63,7 +65,7 @@ def lens(
     rows = terms.table(neurons)
     if figures is not None:
         drawn = {f"{prompts.name}.{name}": svg for name, svg in _figures(read, rows).items()}
-        write_figures(figures, drawn, silent=as_json)
+        write_figures(figures, drawn, silent=quiet or as_json)
     if as_json:
         print(json.dumps({"model": model, **_values(read, terms, rows)}))
         return

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import subcircuit as sc
+from subcircuit.analysis.plural import counted
 from subcircuit.console import interval_of, new_table, out, progress_bars, write_text
 from subcircuit.options import (
     DeviceOption,
@@ -17,6 +18,7 @@ from subcircuit.options import (
     ExecutorOption,
     FilterOption,
     JsonOption,
+    MembersOption,
     ModelOption,
     NOption,
     Precision,
@@ -49,6 +51,7 @@ def paths(
     n: NOption = 32,
     seed: SeedOption = 0,
     template: TemplateOption = "all",
+    members: MembersOption = None,
     only_answered: FilterOption = False,
     source: SourceOption = "corrupted",
     precision: PrecisionOption = Precision.fp32,
@@ -67,7 +70,7 @@ def paths(
     check_suffix(file, ".csv")
     loaded = sc.load(model, dtype=dtype, device=device)
     edges = sc.paths_between(loaded.config, names_in(senders), names_in(to))
-    prompts = sc.task(task, loaded, n=n, seed=seed, template=template, filter=only_answered)
+    prompts = sc.task(task, loaded, n=n, seed=seed, template=template, members=members, filter=only_answered)
     frozen: Freeze = freeze  # type: ignore[assignment]
     with progress_bars(quiet) as progress, suitable_threads(loaded):
         found = sc.trace_paths(
@@ -90,7 +93,7 @@ def paths(
 
 
 def _print(found: sc.EdgeEffects, rows: list[dict[str, Any]], top: int) -> None:
-    out.print(f"{len(rows)} paths, mean logit difference {float(found.clean_metric.mean()):.3f}")
+    out.print(f"{counted(len(rows), 'path')}, mean logit difference {float(found.clean_metric.mean()):.3f}")
     table = new_table("from", "to", "effect", "95 %", "share", "q")
     for row in sorted(rows, key=lambda row: -abs(row["effect"]))[:top]:
         numbers = f"{row['effect']:+.3f}", interval_of(row), f"{row['share']:+.1%}", f"{row['q']:.2g}"

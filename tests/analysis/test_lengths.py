@@ -10,7 +10,7 @@ import torch
 from subcircuit.analysis.lengths import by_length
 from subcircuit.analysis.lens_figures import lengths_figure
 from subcircuit.analysis.statistics import bootstrap_mean
-from subcircuit.analysis.tasks import SEQUENCES
+from subcircuit.analysis.tasks import SEQUENCES, task
 from subcircuit.engine.errors import TaskError
 from subcircuit.weights.names import load
 
@@ -50,6 +50,16 @@ def test_a_row_of_the_table_has_means_and_their_intervals(model):
     svg = lengths_figure(found.table(), "the next member")
     assert svg.startswith("<svg")
     assert ">numerals<" in svg
+
+
+def test_a_filter_takes_prompts_that_the_longest_prompt_answers(model):
+    found = by_length(model, "numerals", 3, n=8, seed=SEED, filter=True)
+    assert len(found.answer) == 3
+    assert bool(found.is_top[-1].all())
+    assert found.task.prompts == task("numerals", model, n=8, seed=SEED, members=3, filter=True).prompts
+    assert by_length(model, "interval_2", 3, n=8, seed=SEED).task.n == 8
+    with pytest.raises(TaskError, match="pass the filter"):
+        by_length(model, "interval_2", 3, n=8, seed=SEED, filter=True)
 
 
 def test_what_is_too_long_is_left_out_and_said(model):

@@ -7,7 +7,9 @@ import re
 
 import pytest
 
+import subcircuit as sc
 from subcircuit.analysis.circuit import Circuit
+from subcircuit.analysis.evaluation import circuits_scored
 
 
 @pytest.fixture
@@ -25,6 +27,7 @@ def test_compare_says_what_chance_gives_and_scores_circuits(run, files, tmp_path
     arguments = ("compare", *files, "--model", "tiny-gpt2", "--figure", tmp_path / "overlap.svg")
     status, out, err = run(*arguments, "--task", "months", "--n", 4)
     assert (status, err) == (0, f"wrote {tmp_path / 'overlap.svg'}\n")
+    assert run(*arguments, "--quiet")[2] == ""
     assert "by chance" in out
     assert "shared by all" in out
     assert (tmp_path / "overlap.svg").read_text().startswith("<svg")
@@ -34,6 +37,17 @@ def test_compare_says_what_chance_gives_and_scores_circuits(run, files, tmp_path
     assert set(found["scored"]["months"]) == {"a", "b", "shared by all", "union"}
     low, high = found["scored"]["months"]["a"][1:]
     assert low <= found["scored"]["months"]["a"][0] <= high
+
+
+def test_compare_scores_on_the_prompts_asked_for(run, files):
+    arguments = ("compare", *files, "--model", "tiny-gpt2", "--task", "numerals", "--n", 4)
+    found = [json.loads(run(*arguments, *more, "--json")[1])["scored"] for more in ((), ("--members", 2))]
+    assert found[0] != found[1]
+    model = sc.load("tiny-gpt2")
+    task = sc.task("numerals", model, n=4, seed=0, members=3, filter=True)
+    expected = circuits_scored(sc.Ablation(model, task), {"a": Circuit.load(files[0])}, seed=0)["a"]
+    [filtered] = [json.loads(run(*arguments, "--members", 3, "--filter", "--json")[1])["scored"]]
+    assert filtered["numerals"]["a"] == pytest.approx(expected, abs=1e-4)
 
 
 def test_compare_gives_every_circuit_all_mlps(run, files):

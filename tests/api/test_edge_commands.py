@@ -81,11 +81,15 @@ def test_paths_are_patched(run, tmp_path):
     status, out, err = run(*arguments, "--out", file)
     assert (status, err) == (0, "")
     assert out.startswith("8 paths, mean logit difference")
+    one = run("paths", *TINY, "--from", "m0", "--members", 2, "--quiet")[1]
+    assert re.match(r"1 path, mean logit difference \d", one)
     rows = json.loads(run(*arguments, "--json")[1])["paths"]
     with file.open() as lines:
         assert [float(row["effect"]) for row in csv.DictReader(lines)] == [row["effect"] for row in rows]
     model = sc.load("tiny-gpt2")
     task = sc.task("months", model, n=4, seed=0)
+    shown = sc.Ablation(model, sc.task("months", model, n=4, seed=0, members=2))
+    assert f"difference {float(shown.clean.mean()):.3f}\n" in one
     direct = sc.verify_edges(model, task, [("m0", "logits")])
     [found] = [row for row in rows if (row["sender"], row["receiver"]) == ("m0", "logits")]
     assert found["effect"] == pytest.approx(float(direct.mean[0]), rel=1e-4)

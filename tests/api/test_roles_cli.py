@@ -71,6 +71,7 @@ def test_lens_says_where_the_answer_takes_over(run, tmp_path):
     assert out.count("First prompt, position") == 23
     assert re.search(r"^m3 +[+-]\d", out, re.MULTILINE)
     assert {file.name for file in tmp_path.iterdir()} == {f"months.{n}.svg" for n in ("lens", "tokens", "direct")}
+    assert run("lens", *TINY, "--task", "months", "--out", tmp_path, "--quiet")[2] == ""
     status, out, _ = run("lens", *TINY, "--task", "months", "--neurons", 2, "--top", 3, "--json")
     values = json.loads(out)
     assert values["stages"][-1]["answer_rank"] == 1
@@ -81,15 +82,20 @@ def test_lens_says_where_the_answer_takes_over(run, tmp_path):
 
 def test_lengths_say_how_sure_the_model_is_after_each_member(run, tmp_path):
     arguments = ("lengths", *TINY, "--tasks", "months,weekdays", "--longest", 7)
-    status, out, _ = run(*arguments, "--out", tmp_path / "lengths.svg")
+    status, out, err = run(*arguments, "--out", tmp_path / "lengths.svg")
     assert status == 0
     row = r"^{} +{} +[01]\.\d+ +\[\d\.\d+, \d\.\d+\] +\d+% +\[\d+%, \d+%\]"
     assert re.search(row.format("months", 1), out, re.MULTILINE)
     assert len(re.findall(row.format("", r"\d"), out, re.MULTILINE)) == 6 + 5
+    assert err == f"wrote {tmp_path / 'lengths.svg'}\n"
+    assert run(*arguments, "--out", tmp_path / "lengths.svg", "--quiet")[2] == ""
+    assert run(*arguments, "--out", tmp_path / "lengths.png")[2].endswith("ends in .svg\n")
     assert "No more of task 'weekdays': template 'done' needs 8 members in a row" in out
     assert (tmp_path / "lengths.svg").read_text().startswith("<svg")
     status, out, _ = run(*arguments, "--json")
     assert [row["members"] for row in json.loads(out)["rows"]] == [*range(1, 8), *range(1, 7)]
+    status, _, err = run("lengths", *TINY, "--tasks", "interval_2", "--longest", 3, "--filter")
+    assert (status, "pass the filter" in err) == (2, True)
     status, out, _ = run("lens", *TINY, "--task", "months", "--members", 2, "--positions", "each")
     assert status == 0
     assert out.count("First prompt, position") == 13
