@@ -44,8 +44,9 @@ class Circuit:
 
     Nodes are heads `(layer, head)`, MLPs `layer`, and features of sparse dictionaries, components or their names
     (`m3.f17`). The dictionaries are not in the circuit: `settings` has where they sat, and their fingerprints.
-    `score` is 100 · LD(circuit) / LD(full) on the task it was found on. `settings` and `trace` say how it was found;
-    `edge_scores`, where the method gives them, how much each edge matters.
+    `score` is 100 · LD(circuit) / LD(full) on the task it was found on, or what is left by another `settings["metric"]`
+    (`ItemAblation`). `settings` and `trace` say how it was found; `edge_scores`, where the method gives them, how much
+    each edge matters.
     Two circuits are equal when their nodes and edges and their provenance are; compare `nodes` for the nodes alone.
 
     Raises PatchError for heads that are not pairs, or MLPs that are not numbers, of layers from 0 up, and for features
@@ -144,7 +145,9 @@ class Circuit:
     def __str__(self) -> str:
         heads = " ".join(f"{layer}.{head}" for layer, head in self.heads) or "none"
         mlps = " ".join(map(str, self.mlps)) or "none"
-        found = f", score {self.score:.1f}" if self.score is not None else ""
+        metric = self.settings.get("metric", "logit_difference")
+        by = "" if metric == "logit_difference" else f" by {metric.replace('_', ' ')}"
+        found = f", score {self.score:.1f}{by}" if self.score is not None else ""
         n_unjudged = self.settings.get("edges", {}).get("n_unjudged", 0)
         unjudged = f" (and {n_unjudged} that were not judged)" if n_unjudged else ""
         edges = f", {counted(len(self.edges), 'edge')}{unjudged}" if self.edges else ""

@@ -54,6 +54,8 @@ def test_features_are_nodes_like_heads_and_mlps():
     assert [str(node) for node in circuit.nodes] == ["m2", "m3.f17", "r4.f2", "a4.h4", "a4.f5"]
     assert len(circuit) == 5
     assert str(circuit) == "1 head (4.4), 1 MLP (2), 3 features (m3.f17 r4.f2 a4.f5)"
+    assert str(Circuit([], [2], score=80.44)).endswith("MLP (2), score 80.4")
+    assert str(Circuit([], [2], score=80.44, settings={"metric": "kl"})).endswith("MLP (2), score 80.4 by kl")
     other = Circuit(heads=[(4, 4)], mlps=[], features=["m3.f17", "m3.f1"])
     assert (circuit & other).nodes == Circuit.of_nodes(["m3.f17", "a4.h4"]).nodes
     assert len(circuit | other) == 6
