@@ -13,14 +13,15 @@ from subcircuit.analysis.statistics import benjamini_hochberg, interval_columns,
 from subcircuit.analysis.tasks import Task
 from subcircuit.engine.config import ModelConfig
 from subcircuit.engine.model import HookedTransformer
-from subcircuit.engine.patching import Component, Source
+from subcircuit.engine.patching import Source
 from subcircuit.engine.patching.edges import edge_effects, path_effects
-from subcircuit.engine.patching.graph import LOGITS, Edge, check_edge, receivers, senders_to
+from subcircuit.engine.patching.graph import LOGITS, Edge, check_edge, parse_receiver, receivers, senders_to
 from subcircuit.engine.patching.options import Executor, Precision
 from subcircuit.engine.patching.path_delta import Freeze
 from subcircuit.engine.patching.sites import source_name
 
 Progress = Callable[[int, int], None]
+RECEIVERS = f"{LOGITS}, m9, a7.q11, a7.k2, a7.v2, or a7.h11 for its query, key and value"
 
 
 @dataclass(frozen=True)
@@ -121,8 +122,10 @@ def paths_between(config: ModelConfig, from_: Sequence[str], to: Sequence[str]) 
 
 def _inputs(name: str, config: ModelConfig) -> list[str]:
     """What reads at a receiver, or at a head: its query, and the key and value of its group."""
-    part = None if name == LOGITS else Component.parse(name)
-    if part is None or part.kind != "z":
+    if name == LOGITS:
+        return [name]
+    part = parse_receiver(name, ("z", "q", "k", "v", "mlp"), RECEIVERS)
+    if part.kind != "z":
         return [name]
     part.check(config)
     group = part.index // config.group_size

@@ -50,12 +50,21 @@ def n_senders_to(receiver: str, config: ModelConfig) -> int:
     per_layer = config.n_heads + 1
     if receiver == LOGITS:
         return 1 + config.n_layers * per_layer
-    component = Component.parse(receiver)
+    component = parse_receiver(receiver, ("q", "k", "v", "mlp"), f"a7.q1, a7.k1, a7.v1, m7 or {LOGITS}")
     component.check(config)
-    if component.kind not in ("q", "k", "v", "mlp"):
-        raise PatchError(f"'{receiver}' reads nothing; expected a7.q1, a7.k1, a7.v1, m7 or {LOGITS}")
     heads_below = config.n_heads if component.kind == "mlp" else 0
     return 1 + component.layer * per_layer + heads_below
+
+
+def parse_receiver(name: str, kinds: Sequence[str], expected: str) -> Component:
+    """The component of some kinds that has this name. Raises PatchError, which lists what is expected, for another."""
+    try:
+        component = Component.parse(name)
+    except PatchError:
+        component = None  # its message lists every kind of component
+    if component is None or component.kind not in kinds:
+        raise PatchError(f"'{name}' reads nothing; expected {expected}")
+    return component
 
 
 def edges(config: ModelConfig) -> list[Edge]:

@@ -93,6 +93,11 @@ def test_paths_are_patched(run, tmp_path):
     direct = sc.verify_edges(model, task, [("m0", "logits")])
     [found] = [row for row in rows if (row["sender"], row["receiver"]) == ("m0", "logits")]
     assert found["effect"] == pytest.approx(float(direct.mean[0]), rel=1e-4)
+    for name in ("foo", "m3.n17"):
+        assert run("paths", *TINY, "--to", name)[2] == (
+            f"error: '{name}' reads nothing; expected logits, m9, a7.q11, a7.k2, a7.v2, or a7.h11 for its query, key "
+            "and value\n"
+        )
     assert run("paths", *TINY, "--to", "a0.q1", "--from", "m3")[2] == (
         "error: edge 'm3' -> 'a0.q1' does not exist: no such sender below 'a0.q1'\n"
     )

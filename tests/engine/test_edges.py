@@ -323,6 +323,7 @@ def test_what_does_not_exist_is_named(case):
             (("a0.h9", "m1"), "edge 'a0.h9' -> 'm1' does not exist"),
             (("a0.h0", "a9.q0"), "'a9.q0' does not exist: the model has layers 0 to 2"),
             (("a0.h0", "a1.h0"), "'a1.h0' reads nothing"),
+            (("a0.h0", "foo"), "'foo' reads nothing; expected a7.q1, a7.k1, a7.v1, m7 or logits"),
         ]:
             for effects in (edge_effects, path_effects):
                 with pytest.raises(PatchError, match=words) as caught:
