@@ -102,10 +102,10 @@ def random_baseline(
 
     Raises PatchError for another match, no draws, or when there is nothing to recover.
     """
-    if match not in get_args(Match) or n < 1:
-        raise PatchError(
-            f"{n} random circuits matched by {match!r}; expected at least 1, matched by 'size', 'layers' or 'nodes'"
-        )
+    if match not in get_args(Match):
+        raise PatchError(f"match {match!r} is not known; expected one of {', '.join(get_args(Match))}")
+    if n < 1:
+        raise PatchError(f"{n} random circuits; expected at least 1")
     rng = random.Random(seed)
     drawn = [frozenset(ablation.drawn_like(circuit, rng, match)) for _ in range(n)]
     distinct = list(dict.fromkeys(drawn))

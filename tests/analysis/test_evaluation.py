@@ -157,8 +157,10 @@ def test_a_circuit_drawn_twice_is_evaluated_once(case):
     assert len(found.random) == 300
     assert len(found.random.unique()) == 4
     assert seen == [(4, 4)]
-    with pytest.raises(PatchError, match="1 random circuits matched by 'colour'"):
+    with pytest.raises(PatchError, match="match 'colour' is not known; expected one of size, layers, nodes"):
         random_baseline(Ablation(model, task), layer, 1, match="colour")
+    with pytest.raises(PatchError, match="0 random circuits; expected at least 1"):
+        random_baseline(Ablation(model, task), layer, 0)
 
 
 def test_unions_and_intersections_are_scored_beside_their_circuits(case):
