@@ -11,7 +11,7 @@ import typer
 
 import subcircuit as sc
 from subcircuit.circuits import load_circuits, warn_of_other_model
-from subcircuit.console import new_table, out, progress_bars, write_text
+from subcircuit.console import new_table, out, progress_bars, warn, write_text
 from subcircuit.options import (
     DeviceOption,
     DtypeOption,
@@ -80,8 +80,12 @@ def transfer(
             progress=progress,
         )
     if figure_file is not None:
-        title = f"{model}: right answers without a circuit's heads"
-        write_text(figure_file, transfer_figure(found.table(), title), silent=quiet or as_json)
+        answered = [row for row in found.table() if row["n_answered"]]
+        if answered:
+            title = f"{model}: right answers without a circuit's heads"
+            write_text(figure_file, transfer_figure(answered, title), silent=quiet or as_json)
+        else:
+            warn(f"{figure_file} is not written: the whole model continues no prompt rightly, so there are no shares")
     if as_json:
         print(json.dumps({"model": model, "ablation": found.ablation, "heads": found.heads, "kinds": _values(found)}))
         return

@@ -120,13 +120,19 @@ def test_a_circuit_that_needs_no_node_is_said_to_and_what_to_try(run, tmp_path):
     assert run(*few)[2] == ""
 
 
-def test_kinds_of_which_the_model_continues_nothing_are_a_sentence_and_no_rows(run, files):
+def test_kinds_of_which_the_model_continues_nothing_are_a_sentence_and_no_rows(run, files, tmp_path):
     arguments = ("transfer", "-m", "tiny-gpt2", "-c", files[0], "--random", 1, "-n", 2, "--quiet", "--kinds")
-    status, out, _ = run(*arguments, "interval_2,months,addition_1_digit")
+    status, out, _ = run(*arguments, "interval_2,months,addition_1_digit", "--out", tmp_path / "some.svg")
+    svg = (tmp_path / "some.svg").read_text()
+    assert (">months<" in svg, ">interval 2<" in svg) == (True, False)
     assert status == 0
     assert [line.split()[0] for line in out.splitlines() if "/2" in line] == ["months"]
     assert "continues no prompt of interval_2, addition_1_digit rightly" in out
     assert "answered" not in run(*arguments, "interval_2")[1].splitlines()[-1]
+    status, _, err = run(*arguments, "interval_2", "--out", tmp_path / "none.svg")
+    assert status == 0
+    assert err.startswith(f"warning: {tmp_path / 'none.svg'} is not written: the whole model continues no prompt")
+    assert not (tmp_path / "none.svg").exists()
     found = json.loads(run(*arguments, "interval_2,months", "--json")[1])
     assert [row["kind"] for row in found["kinds"]] == ["interval_2", "months"]
 
