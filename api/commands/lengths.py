@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 import subcircuit as sc
+from subcircuit.analysis.plural import counted
 from subcircuit.console import interval_of, new_table, out, write_text
 from subcircuit.options import (
     TASKS,
@@ -71,7 +72,7 @@ def lengths(
 
 
 def _print(rows: list[dict[str, Any]], n: int) -> None:
-    out.print(f"{n} prompts, each read after its first member, its second, …\n")
+    out.print(f"{counted(n, 'prompt')}, each read after its first member, its second, …\n")
     table = new_table("task", "members shown", "p(answer)", "95 %", "top-1", "95 %")
     for row in rows:
         answer = f"{row['answer']:.3f}", interval_of(row, "answer_", ".3f")

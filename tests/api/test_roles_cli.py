@@ -94,6 +94,7 @@ def test_lengths_say_how_sure_the_model_is_after_each_member(run, tmp_path):
     assert (tmp_path / "lengths.svg").read_text().startswith("<svg")
     status, out, _ = run(*arguments, "--json")
     assert [row["members"] for row in json.loads(out)["rows"]] == [*range(1, 8), *range(1, 7)]
+    assert run("lengths", *TINY, "--tasks", "months", "--longest", 2, "--n", 1)[1].startswith("1 prompt, each read")
     status, _, err = run("lengths", *TINY, "--tasks", "interval_2", "--longest", 3, "--filter")
     assert (status, "pass the filter" in err) == (2, True)
     status, out, _ = run("lens", *TINY, "--task", "months", "--members", 2, "--positions", "each")
