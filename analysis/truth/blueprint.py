@@ -70,9 +70,10 @@ class Blueprint:
     the token that each OUT feature stands for. `stages` are the circuit's parts by role, those of a stage in one layer
     and each stage in a later layer than the one before. `edges` go from a role (or `input`) to a head's input
     (`induction.k`), to an MLP's role, or to `logits`: those along which clean and corrupted prompts differ and the
-    answer depends on it. `draw` makes prompts of `n_pos` tokens.
+    answer depends on it. `draw` makes prompts of `n_pos` tokens, and `positions` names classes of their positions, as
+    `Task.positions` does.
 
-    Raises TaskError for a family, role or edge that does not exist.
+    Raises TaskError for a family, role, edge or position that does not exist.
     """
 
     name: str
@@ -83,6 +84,7 @@ class Blueprint:
     stages: tuple[Mapping[str, Head | Conjunctions], ...]
     edges: tuple[tuple[str, str], ...]
     n_pos: int
+    positions: Mapping[str, tuple[int, ...]]
     draw: Callable[[random.Random], Prompt]
 
     def __post_init__(self) -> None:
@@ -94,6 +96,11 @@ class Blueprint:
             ways = ("q", "k", "v") if isinstance(self.parts.get(role), Head) else ("",)
             if sender not in (INPUT, *self.parts) or role not in (LOGITS, *self.parts) or way not in ways:
                 raise TaskError(f"known model '{self.name}': no such edge {sender!r} -> {receiver!r}")
+        for where, positions in self.positions.items():
+            if not all(0 <= position < self.n_pos for position in positions):
+                raise TaskError(
+                    f"known model '{self.name}': {where} at {positions}; expected positions in 0..{self.n_pos - 1}"
+                )
 
     @property
     def parts(self) -> dict[str, Head | Conjunctions]:

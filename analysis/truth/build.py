@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -270,7 +270,7 @@ def _scale(
 
 def _task(blueprint: Blueprint, n_prompts: int, rng: random.Random) -> Task:
     prompts = [blueprint.draw(rng) for _ in range(n_prompts)]
-    return task_from_tokens(
+    task = task_from_tokens(
         clean=[prompt.clean for prompt in prompts],
         corrupted=[prompt.corrupted for prompt in prompts],
         answer=[prompt.answer for prompt in prompts],
@@ -278,3 +278,4 @@ def _task(blueprint: Blueprint, n_prompts: int, rng: random.Random) -> Task:
         name=blueprint.name,
         d_vocab=len(blueprint.embedding),
     )
+    return replace(task, positions=blueprint.positions)

@@ -68,5 +68,6 @@ INDUCTION = Blueprint(
         ("induction", "logits"),
     ),
     n_pos=1 + N_SHOWN + 1,
+    positions={"first": tuple(range(1, 1 + N_SHOWN)), "last": (1 + N_SHOWN,)},
     draw=_draw,
 )

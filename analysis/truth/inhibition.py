@@ -108,5 +108,7 @@ INHIBITION = Blueprint(
         ),
     ),
     n_pos=8,
+    # The repetition is at one of two positions, which are one class.
+    positions={"name": (1, 3, 5, 6), "S2": (5, 6), "last": (7,)},
     draw=_draw,
 )

@@ -94,5 +94,10 @@ SUCCESSOR = Blueprint(
         ("successor", "logits"),
     ),
     n_pos=2 + 2 * N_SHOWN,
+    positions={
+        "words": tuple(range(1, 2 + 2 * N_SHOWN, 2)),
+        "members": tuple(range(2, 2 + 2 * N_SHOWN, 2)),
+        "last": (1 + 2 * N_SHOWN,),
+    },
     draw=_draw,
 )
