@@ -73,9 +73,10 @@ def repeated_token_measures(
 
     In `length` random tokens followed by the same again (Olsson et al. 2022, arXiv 2209.11895, "prefix matching"), the
     mean attention from the second half's positions to the position 1 back (previous token), `length` back (the same
-    token's first mention: duplicate token) and `length` − 1 back (the token after it: induction). The baseline is the
-    head's mean over all other offsets, and the threshold comes from these offsets. A tokenizer that adds BOS to texts
-    has it here, too.
+    token's first mention: duplicate token) and `length` − 1 back (the token after it: induction). The baseline of the
+    previous token is the head's mean over all other offsets; that of the two others is the same offset where the first
+    half is of other random tokens, since a head may attend so far back whatever stands there. Thresholds come from the
+    other offsets. A tokenizer that adds BOS to texts has it here, too.
 
     length: shortened where the model's context is too short. Raises PromptError when not even 4 tokens fit twice.
     """
@@ -84,26 +85,33 @@ def repeated_token_measures(
     length = min(length, (model.config.n_ctx - n_before) // 2)
     if length < 4:
         raise PromptError(f"a context of {model.config.n_ctx} tokens is too short for 4 random tokens that come twice")
-    once = random_tokens(model, n, length, seed)
-    tokens = torch.cat((once, once), 1)
-    if bos is not None:
-        tokens = torch.cat((torch.full((n, 1), bos), tokens), 1)
-    mean, _ = mean_attention(model, tokens)
-    second = torch.arange(n_before + length, n_before + 2 * length)
-    offsets = torch.stack([mean[:, :, second, second - offset].mean(-1) for offset in range(length + 1)])
-    others = offsets[2 : length - 1]
-    # Leaving one offset out of its own baseline, as the three are.
-    rest = (others.sum(0) - others) / (len(others) - 1) if len(others) > 1 else torch.zeros_like(others)
-    threshold = chance_threshold(others - rest, LEAST_SHARE)
+    once, other = (random_tokens(model, n, length, seed + i) for i in range(2))
+    start = [] if bos is None else [torch.full((n, 1), bos)]
+    repeated, fresh = (_by_offset(model, torch.cat((*start, first, once), 1), length) for first in (once, other))
+    others = slice(2, length - 1)
+    mean = repeated[others].mean(0)
+    # Leaving one offset out of its own baseline, as the previous token's is.
+    rest = (mean * (length - 3) - repeated[others]) / max(1, length - 4)
+    by_offset = chance_threshold(repeated[others] - rest, LEAST_SHARE)
+    by_repetition = chance_threshold((repeated - fresh)[others], LEAST_SHARE)
     named = {
-        "previous token": (1, "to the token before"),
-        "duplicate token": (length, "to the same token before"),
-        "induction": (length - 1, "to what came after the same token"),
+        "previous token": (1, "to the token before", mean, by_offset),
+        "duplicate token": (length, "to the same token before", fresh[length], by_repetition),
+        "induction": (length - 1, "to what came after the same token", fresh[length - 1], by_repetition),
     }
     return {
-        name: Measure(name, offsets[offset], others.mean(0), threshold, f"{what}, in random tokens that come twice")
-        for name, (offset, what) in named.items()
+        name: Measure(name, repeated[offset], baseline, threshold, f"{what}, in random tokens that come twice")
+        for name, (offset, what, baseline, threshold) in named.items()
     }
+
+
+def _by_offset(
+    model: HookedTransformer, tokens: Int[Tensor, "prompt pos"], n_last: int
+) -> Float[Tensor, "offset layer head"]:
+    """Mean attention from the last `n_last` positions to those 0, 1, …, `n_last` back."""
+    mean, _ = mean_attention(model, tokens)
+    queries = torch.arange(tokens.shape[1] - n_last, tokens.shape[1])
+    return torch.stack([mean[:, :, queries, queries - offset].mean(-1) for offset in range(n_last + 1)])
 
 
 def position_classes(task: Task) -> dict[str, tuple[int, ...]]:

@@ -76,9 +76,7 @@ def task_attention_measures(
     """
     of_tokens = _cells_of_tokens(task)
     pattern, sums = mean_attention(model, task.clean, torch.stack([*of_tokens.values()]) if of_tokens else None)
-    bos = model.tokenizer.bos_id if model.tokenizer is not None else None
-    begins_with_bos = bos is not None and bool((task.clean[:, 0] == bos).all())
-    random = random_tokens(model, N_RANDOM_PROMPTS, task.pos, seed, bos if begins_with_bos else None)
+    random = random_tokens(model, N_RANDOM_PROMPTS, task.pos, seed, _bos_of(model, task))
     by_position, _ = mean_attention(model, random)
     generator = torch.Generator().manual_seed(seed)
     measures = {}
@@ -96,6 +94,14 @@ def task_attention_measures(
         cells = per_prompt.sum(0)
         add(name, _OF_TOKENS[name], score, cells, [_other_keys(cells, generator) for _ in range(N_DRAWS)])
     return measures, pattern
+
+
+def _bos_of(model: HookedTransformer, task: Task) -> int | None:
+    """The token that begins every prompt and means nothing; without a tokenizer, any that begins them all."""
+    first = int(task.clean[0, 0])
+    if bool((task.clean[:, 0] != first).any()):
+        return None
+    return first if model.tokenizer is None or model.tokenizer.bos_id == first else None
 
 
 _OF_TOKENS = {

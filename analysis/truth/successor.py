@@ -40,8 +40,8 @@ def _member(index: int) -> int:
 
 
 def _embedding() -> tuple[tuple[Feature, ...], ...]:
-    members = [(("member", i), ("kind", 0)) for i in range(N_MEMBERS)]
-    return (("bos", 0),), *members, *((("word", i), ("kind", 1)) for i in range(N_WORDS))
+    members = [(("member", i), ("a member", 0)) for i in range(N_MEMBERS)]
+    return (("bos", 0),), *members, *((("word", i),) for i in range(N_WORDS))
 
 
 def _neurons(step: int) -> list[tuple[Feature, Feature, Feature]]:
@@ -60,7 +60,7 @@ SUCCESSOR = Blueprint(
         "bos": 1,
         "member": N_MEMBERS,
         "word": N_WORDS,
-        "kind": 2,
+        "a member": 1,
         "earlier": N_MEMBERS,
         "before": N_MEMBERS,
         "newest": N_MEMBERS,
@@ -71,7 +71,8 @@ SUCCESSOR = Blueprint(
     stages=(
         {
             "similar member": Head(
-                matches=(Match("kind", "kind", 1.0),),
+                # Attention rests on the beginning, unless a member stands two back from a member.
+                matches=(Match("a member", "a member", 1.0), Match(ONE, "bos", 1.5)),
                 offset=lambda distance: float(distance == 2),
                 moves=(("member", "earlier", 1.0),),
             )

@@ -119,6 +119,23 @@ def test_a_head_that_attends_to_the_token_before_is_found(case):
     assert not bool(measures["induction"].passes[1, 2])
 
 
+@pytest.mark.parametrize(("back", "name"), [(12, "duplicate token"), (11, "induction")])
+def test_a_head_that_attends_so_far_back_whatever_stands_there_is_not_taken_for_one_that_compares(case, back, name):
+    model, _ = case
+
+    def pattern(value, _):
+        value = value.clone()
+        at = torch.arange(value.shape[-1])
+        value[:, 2] = 0
+        value[:, 2, at, (at - back).clamp(min=0)] = 1
+        return value
+
+    with model.hooks([("blocks.1.attn.hook_pattern", pattern)]):
+        measure = repeated_token_measures(model, length=12, seed=SEED)[name]
+    assert float(measure.score[1, 2]) == float(measure.baseline[1, 2]) == pytest.approx(1)
+    assert not bool(measure.passes[1, 2])
+
+
 def test_roles_follow_from_their_measures_and_are_shared_between_tasks(case):
     model, task = case
     found = head_roles(model, task, seed=SEED)
