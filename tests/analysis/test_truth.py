@@ -146,6 +146,23 @@ def test_heads_that_look_less_sharply_still_do_the_task_by_the_same_circuit(name
     assert max(value for node, value in share.items() if node not in true) < LITTLE
 
 
+def test_a_blueprint_names_positions_that_are_there():
+    for name in truth_names():
+        blueprint, task = BLUEPRINTS[name], truth(name).task
+        assert task.positions == blueprint.positions
+        assert task.positions["last"] == (task.pos - 1,)
+        with pytest.raises(
+            TaskError, match=rf"'{name}': end at .{task.pos},.; expected positions in 0..{task.pos - 1}"
+        ):
+            replace(blueprint, positions={"end": (task.pos,)})
+    successor, inhibition = truth("successor", seed=SEED).task, truth("inhibition", seed=SEED).task
+    shown = successor.clean[:, list(successor.positions["members"])]
+    assert bool(((shown.diff(dim=1) - 1) % 10 == 0).all())
+    first, again = inhibition.clean[:, [1, 3]], inhibition.clean[:, list(inhibition.positions["S2"])]
+    repeated = first[first != inhibition.answer[:, None]]
+    assert bool((again == repeated[:, None]).any(1).all())
+
+
 def test_what_cannot_be_built_is_refused():
     with pytest.raises(TaskError, match="'magic' does not exist; expected one of induction, successor, inhibition"):
         truth("magic")
