@@ -130,6 +130,22 @@ def _evaluated(
     return values
 
 
+def beside_random(score: float | None, scores: Sequence[float]) -> dict[str, Any]:
+    """What a circuit's score is beside those of random ones: their mean, least and best, where 95 % of them lie, and p
+    that one does as well; None of all these where there are no random ones."""
+    if not scores:
+        return {"n_random": 0, **dict.fromkeys(("random_mean", "random_least", "random_best", "random_ends", "p"))}
+    found = torch.tensor(scores, dtype=torch.float64)
+    return {
+        "n_random": len(scores),
+        "random_mean": float(found.mean()),
+        "random_least": min(scores),
+        "random_best": max(scores),
+        "random_ends": found.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist(),
+        "p": None if score is None else empirical_p(score, found),
+    }
+
+
 def suitable_n_random(model: HookedTransformer, otherwise: int, *, of_edges: bool = False) -> int:
     """How many random circuits to draw where no number is given: a thousand of a small model (200 of edges), or
     `otherwise`."""

@@ -86,6 +86,10 @@ class Circuit:
         heads = [Component(layer, "z", head) for layer, head in self.heads]
         return sorted([*heads, *(Component(layer, "mlp") for layer in self.mlps), *self.features], key=in_order)
 
+    def strongest_edges(self) -> list[Edge]:
+        """Its edges, those with the largest scores by size first."""
+        return sorted(self.edges, key=lambda edge: -abs(self.edge_scores.get(edge, 0.0)))
+
     def __len__(self) -> int:
         return len(self.heads) + len(self.mlps) + len(self.features)
 

@@ -75,6 +75,10 @@ class EdgeScores:
         places = [divmod(place, len(self.receivers)) for place in order]
         return [((self.senders[i], self.receivers[j]), float(self.effects[i, j])) for i, j in places]
 
+    def ranking(self) -> list[Edge]:
+        """All edges, those with the largest scores by size first."""
+        return [edge for edge, _ in self.top(self.n_edges)]
+
     def circuit(
         self, n_edges: int | None = None, *, threshold: float | None = None, selection: Selection = "top"
     ) -> Circuit:

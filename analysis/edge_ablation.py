@@ -61,7 +61,6 @@ class EdgeAblation(ItemAblation[Edge]):
         budget_bytes: int | None = None,
     ) -> None:
         options: dict[str, Any] = {"source": source, "executor": executor, "precision": precision, "metric": metric}
-        self._reduction = _Reduction(model.config)
         super().__init__(model, task, edges(model.config), budget_bytes=budget_bytes, **options)
 
     def items_of(self, circuit: Circuit) -> list[Edge]:
@@ -80,8 +79,10 @@ class EdgeAblation(ItemAblation[Edge]):
         return {edge for group, n in n_of.items() for edge in rng.sample(groups[group], n)}
 
     def _prepare(self) -> None:
-        reference = self._options["executor"] == "reference"
-        self._session = None if reference else EdgeSession(self.model, self.task, **self._options)
+        self._session: EdgeSession | None = None
+        if self._options["executor"] != "reference":
+            self._session = EdgeSession(self.model, self.task, **self._options)
+            self._reduction = _Reduction(self.model.config)
 
     def _effects(self, removed: Sequence[Iterable[Edge]], base: Iterable[Edge]) -> Effects:
         if self._session is None:

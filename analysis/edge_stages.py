@@ -44,7 +44,6 @@ def edges_stage(subject: Subject, progress: Progress) -> Section:
         progress=progress,
     )
     how = found.settings["edges"]
-    strongest = sorted(found.edge_scores.items(), key=lambda item: -abs(item[1]))
     sentences = (
         f"{len(found.edges)} of {how['n_candidates']} edges between the circuit's nodes matter: patched alone, each "
         f"leaves less than {100 * threshold:.1f} % of what the circuit has ({n} prompts), which is what brings its "
@@ -55,7 +54,7 @@ def edges_stage(subject: Subject, progress: Progress) -> Section:
     table = Table(
         "The edges that cost most when patched.",
         ("from", "to", "points"),
-        [[sender, receiver, points] for (sender, receiver), points in strongest[:N_ROWS]],
+        [[*edge, found.edge_scores[edge]] for edge in found.strongest_edges()[:N_ROWS]],
         digits=1,
     )
     title = f"{words(subject.task.name)}: edges of the circuit"
@@ -72,7 +71,7 @@ def edge_faithfulness_stage(subject: Subject, progress: Progress) -> Section:
     small = is_small(subject.model)
     options: dict[str, Any] = {"executor": subject.executor, "precision": subject.precision}
     ablation = EdgeAblation(subject.model, task, **options)
-    strongest = sorted(circuit.edges, key=lambda edge: -abs(circuit.edge_scores.get(edge, 0.0)))
+    strongest = circuit.strongest_edges()
     found = evaluate_circuit(
         ablation,
         circuit,
@@ -84,8 +83,7 @@ def edge_faithfulness_stage(subject: Subject, progress: Progress) -> Section:
     baseline = random_baseline(ablation, circuit, subject.n_random_edges, match="nodes", seed=subject.seed)
     progress(2, 3)
     gradients = edge_scores(subject.model, task, "eap-ig", source=circuit.settings["edges"]["source"])
-    ranking = [edge for edge, _ in gradients.top(gradients.n_edges)]
-    curve = ablation_curve(ablation, ranking, seed=subject.seed)
+    curve = ablation_curve(ablation, gradients.ranking(), seed=subject.seed)
     progress(3, 3)
     sentences, tables, data = judgement(found, baseline, curve, "edge", f"edges by EAP-IG, {task.n} prompts")
     title = "Recovered by the edges with the largest scores (EAP-IG)"

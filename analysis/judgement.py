@@ -8,6 +8,7 @@ from typing import Any
 from subcircuit.analysis.baselines import Baseline
 from subcircuit.analysis.curves import Curve
 from subcircuit.analysis.evaluation import Evaluation
+from subcircuit.analysis.plural import counted
 from subcircuit.analysis.sections import Cell, Table
 from subcircuit.analysis.statistics import Interval
 
@@ -45,8 +46,8 @@ def _sentences(found: Evaluation, baseline: Baseline, noun: str) -> tuple[str, .
     alike = ALIKE[baseline.match].format(noun=noun)
     sentences = [
         f"Alone it recovers {mean:.0f} points ({low:.0f} to {high:.0f}).",
-        f"Minimal in {len(found.minimal())} of {len(found.items)} {noun}s: the 95 % interval of what their loss costs "
-        "lies above 0.",
+        f"Minimal in {len(found.minimal())} of {counted(len(found.items), noun)}: the 95 % interval of what their loss "
+        "costs lies above 0.",
         f"{len(baseline.random)} random circuits {alike} recover {baseline.mean:.0f} on average, 95 % of them "
         f"{baseline.middle[0]:.0f} to {baseline.middle[1]:.0f}, the least {baseline.least:.0f}, the best "
         f"{baseline.most:.0f} (p = {baseline.p:.2g}).",

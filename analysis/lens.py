@@ -101,11 +101,11 @@ class Lens:
         """
         is_answer = (self.top_tokens[:, :, -1, 0, None] == self.task.answer_sets[0]).any(-1)
         averaged = {
-            "top1": is_answer,
+            "top1": is_answer.double(),
             "answer": self.answer[..., -1],
             "rival": self.rival[..., -1],
             "lead": self.lead[..., -1],
-            "ahead": self.lead[..., -1] > 0,
+            "ahead": (self.lead[..., -1] > 0).double(),
         }
         ends = [interval_columns(values.double(), f"{name}_") for name, values in averaged.items()]
         rows = []
@@ -114,13 +114,9 @@ class Lens:
             rows.append(
                 {
                     "stage": stage,
-                    "top1": float(is_answer[i].double().mean()),
-                    "answer": float(self.answer[i, :, -1].mean()),
-                    "rival": float(self.rival[i, :, -1].mean()),
+                    **{name: float(values[i].mean()) for name, values in averaged.items()},
                     "answer_rank": 1 + float(self.answer_rank[i, :, -1].double().median()),
                     "rival_rank": 1 + float(self.rival_rank[i, :, -1].double().median()),
-                    "lead": float(self.lead[i, :, -1].mean()),
-                    "ahead": float((self.lead[i, :, -1] > 0).double().mean()),
                     "commonest": self.text(token),
                     "commonest_share": count / self.task.n,
                     **{name: end for column in ends for name, end in column[i].items()},

@@ -298,7 +298,7 @@ class ModelStudy:
                 )
             about = {"n_prompts": task.n, **_about(task)}
             self.directory.write_json(file, replace(circuit, settings=circuit.settings | about).to_dict())
-        return Circuit.from_dict(self.directory.read_json(file)) if self.directory.has(file) else None
+        return Circuit.load(self.directory.path / file) if self.directory.has(file) else None
 
     def _write_results(self, name: str, task: Task, scores: Scores | None) -> None:
         """What is known of a task before its circuit: the clean run, and the sweep where there is one."""

@@ -13,7 +13,7 @@ from subcircuit.analysis.statistics import benjamini_hochberg, interval_columns,
 from subcircuit.analysis.tasks import Task
 from subcircuit.engine.config import ModelConfig
 from subcircuit.engine.model import HookedTransformer
-from subcircuit.engine.patching import Source
+from subcircuit.engine.patching import Effects, Source
 from subcircuit.engine.patching.edges import edge_effects, path_effects
 from subcircuit.engine.patching.graph import LOGITS, Edge, check_edge, parse_receiver, receivers, senders_to
 from subcircuit.engine.patching.options import Executor, Precision
@@ -74,8 +74,7 @@ def verify_edges(
     chosen = tuple(chosen)
     options: dict[str, Any] = {"source": source, "executor": executor, "precision": precision}
     result = edge_effects(model, task, chosen, budget_bytes=budget_bytes, progress=progress, **options)
-    settings = {**options, "source": source_name(source), "method": "exact", "model": model.config.name}
-    return EdgeEffects(chosen, result.effects, result.clean_metric, {**settings, "task": task.name})
+    return _as_edge_effects(chosen, result, model, task, {**options, "method": "exact"})
 
 
 def trace_paths(
@@ -98,8 +97,14 @@ def trace_paths(
     chosen = tuple(chosen)
     options: dict[str, Any] = {"source": source, "freeze": freeze, "executor": executor, "precision": precision}
     result = path_effects(model, task, chosen, budget_bytes=budget_bytes, progress=progress, **options)
-    settings = {**options, "source": source_name(source), "method": "path patching", "model": model.config.name}
-    return EdgeEffects(chosen, result.effects, result.clean_metric, {**settings, "task": task.name})
+    return _as_edge_effects(chosen, result, model, task, {**options, "method": "path patching"})
+
+
+def _as_edge_effects(
+    chosen: tuple[Edge, ...], result: Effects, model: HookedTransformer, task: Task, how: dict[str, Any]
+) -> EdgeEffects:
+    about = {"source": source_name(how["source"]), "model": model.config.name, "task": task.name}
+    return EdgeEffects(chosen, result.effects, result.clean_metric, how | about)
 
 
 def paths_between(config: ModelConfig, from_: Sequence[str], to: Sequence[str]) -> list[Edge]:

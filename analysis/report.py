@@ -8,11 +8,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
 
 from subcircuit.analysis import figures
+from subcircuit.analysis.baselines import beside_random
 from subcircuit.analysis.circuit import Circuit
 from subcircuit.analysis.circuit_figure import overlay_diagram
 from subcircuit.analysis.depth import role_depths
@@ -20,7 +20,6 @@ from subcircuit.analysis.drawing import task_colour, words
 from subcircuit.analysis.overlap import Overlap
 from subcircuit.analysis.records import circuits_of, read_scores
 from subcircuit.analysis.stages import TASK_STAGES
-from subcircuit.analysis.statistics import empirical_p
 from subcircuit.analysis.store import RunDirectory
 
 
@@ -160,22 +159,7 @@ def _task_values(index: int, name: str, circuit: Circuit | None, result: Mapping
             ((node, drop, ends.get(node)) for node, drop in result.get("drops", {}).items()), key=lambda row: -row[1]
         ),
         "intervals": result.get("intervals", {}),
-        **_random_values(None if circuit is None else circuit.score, baseline),
-    }
-
-
-def _random_values(score: float | None, scores: list[float]) -> dict[str, Any]:
-    """What random circuits keep: mean, least, best, where 95 % lie, and p that one does as well as the circuit."""
-    if not scores:
-        return {"n_random": 0, **dict.fromkeys(("random_mean", "random_least", "random_best", "random_ends", "p"))}
-    found = torch.tensor(scores, dtype=torch.float64)
-    return {
-        "n_random": len(scores),
-        "random_mean": float(found.mean()),
-        "random_least": min(scores),
-        "random_best": max(scores),
-        "random_ends": found.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist(),
-        "p": None if score is None else empirical_p(score, found),
+        **beside_random(None if circuit is None else circuit.score, baseline),
     }
 
 

@@ -75,7 +75,7 @@ def roles_stage(subject: Subject, progress: Progress) -> Section:
     sentences = [f"{len(with_role)} of the circuit's {len(heads)} heads have a role that the measures show."]
     if found.untested:
         sentences.append(f"Not asked for, as these prompts cannot show it: {', '.join(found.untested)}.")
-    profiles = head_profiles(found, heads) if heads else []
+    profiles, mean = head_profiles(found, heads) if heads else [], mean_profile(found)
     tables = [
         Table(
             "Roles, and what each measure had to exceed.",
@@ -84,7 +84,6 @@ def roles_stage(subject: Subject, progress: Progress) -> Section:
         )
     ]
     if profiles:
-        mean = mean_profile(found)
         tables.append(
             Table(
                 "Every head: attention from a member to the one before and from the last token to the newest member, "
@@ -119,7 +118,7 @@ def roles_stage(subject: Subject, progress: Progress) -> Section:
             found.lookups.pattern[layer, head], tokens, title
         )
     data = {"heads": found.table(heads), "profiles": profiles, "untested": list(found.untested)}
-    data |= {"mean_of_all_heads": mean_profile(found), "lookups": lookups}
+    data |= {"mean_of_all_heads": mean, "lookups": lookups}
     return Section("What its heads do", tuple(sentences), tuple(tables), figures, data)
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, get_args
 
+from subcircuit.analysis.ablation import check_threshold
 from subcircuit.analysis.common import aligned
 from subcircuit.analysis.model_study import ModelStudy, Progress
 from subcircuit.analysis.pruning import Direction
@@ -151,8 +152,7 @@ def _check_options(settings: StudySettings) -> None:
         value = getattr(settings, name)
         if value not in known:
             raise PatchError(f"{name} {value!r} is not known; expected one of {', '.join(known)}")
-    if not settings.threshold > 0:
-        raise PatchError(f"threshold {settings.threshold} must be positive: points of score that the circuit may lose")
+    check_threshold(settings.threshold, "points of score that the circuit may lose")
     for stage in settings.stages:
         if stage not in STAGES:
             raise PatchError(f"stage {stage!r} is not known; expected some of {', '.join(STAGES)}")

@@ -145,7 +145,7 @@ def _strongest(circuit: sc.Circuit, n: int | None, model: sc.HookedTransformer) 
 
     if n is None and is_small(model):
         return None
-    return sorted(circuit.edges, key=lambda edge: -abs(circuit.edge_scores.get(edge, 0.0)))[: n or N_DROPS]
+    return circuit.strongest_edges()[: n or N_DROPS]
 
 
 def _ranking(ablation: ItemAblation[Any], of_edges: bool) -> list[Any]:
@@ -154,8 +154,7 @@ def _ranking(ablation: ItemAblation[Any], of_edges: bool) -> list[Any]:
 
     model, task, source = ablation.model, ablation.task, ablation.settings["source"]
     if of_edges:
-        scores = sc.edge_scores(model, task, "eap-ig", source=source)
-        return [edge for edge, _ in scores.top(scores.n_edges)]
+        return sc.edge_scores(model, task, "eap-ig", source=source).ranking()
     return node_ranking(sc.sweep(model, task, ablation.items, source=source, metric=ablation.metric))
 
 

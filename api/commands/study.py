@@ -180,17 +180,15 @@ def _print_study(run: RunDirectory) -> None:
 
 
 def _table_of_circuits(circuits: dict[str, Any]) -> Table:
-    import torch
-
-    from subcircuit.analysis.statistics import empirical_p
+    from subcircuit.analysis.baselines import beside_random
 
     columns = ("task", "top-1", "95 %", "heads", "MLPs", "edges", "score", "95 %", "random, mean", "random, best", "p")
     table = new_table(*columns)
     for task, circuit in circuits.items():
-        baseline, intervals = circuit["random_scores"], circuit["intervals"]  # no random ones of an empty circuit
-        of_random = (sum(baseline) / len(baseline), max(baseline)) if baseline else (None, None)
-        score, *random = ("–" if value is None else f"{value:.1f}" for value in (circuit["score"], *of_random))
-        p = f"{empirical_p(circuit['score'], torch.tensor(baseline)):.2g}" if baseline else "–"
+        intervals, chance = circuit["intervals"], beside_random(circuit["score"], circuit["random_scores"])
+        numbers = circuit["score"], chance["random_mean"], chance["random_best"]
+        score, *random = ("–" if value is None else f"{value:.1f}" for value in numbers)
+        p = "–" if chance["p"] is None else f"{chance['p']:.2g}"
         sizes = [str(n) for n in (len(circuit["heads"]), len(circuit["mlps"]), circuit["n_edges"] or "–")]
         top1 = f"{circuit['accuracy']:.0%}", interval(intervals["accuracy"], ".0%")
         table.add_row(task, *top1, *sizes, score, interval(intervals["score"], ".1f"), *random, p)
